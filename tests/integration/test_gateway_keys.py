@@ -143,6 +143,20 @@ def test_a_revoked_key_ends_at_once_in_every_gateway_and_no_other_does(
         assert two.embed(other, at=at).status_code == 200
 
 
+def test_what_a_stranger_notifies_does_no_harm(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+    """Any role of the database may notify any channel."""
+    mine, other = two.key("mine"), two.key("other")
+    assert {two.embed(key, at=at).status_code for key in (mine, other) for at in (two.first, two.second)} == {200}
+    with two.db.begin() as conn:
+        for payload in ("9" * 5_000, "", "x", "-1", "1,2", "\u0661", "9" * 20):
+            conn.execute(sa.text("SELECT pg_notify(:channel, :said)"), {"channel": keys.CHANNEL, "said": payload})
+    two.revoke(mine)
+    for at in (two.first, two.second):
+        until(lambda at=at: two.embed(mine, at=at).status_code == 401)
+        assert two.embed(other, at=at).status_code == 200
+    assert [record.message for record in caplog.records if record.exc_info] == []
+
+
 def test_a_key_that_was_read_before_it_was_revoked_is_not_remembered(two: Two) -> None:
     key = two.key("mine")
     now = [0.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -173,6 +174,25 @@ def test_a_wrong_upload_is_refused_with_its_field_and_leaves_nothing(
         error = answer.json()["error"]
         told.append((answer.status_code, error["code"], error["param"]))
     assert told == [tuple(each[1:]) for each in WRONG_UPLOADS]
+    assert rows(db, "SELECT FROM served_files") == []
+
+
+FIELD = b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+FILE = b'--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\nx\r\n'
+
+
+@pytest.mark.parametrize(
+    ("begins", "goes_on"), [(FILE, FIELD), (FIELD + FILE + b"--b--\r\n", b"more")], ids=["fields", "behind its end"]
+)
+def test_a_form_without_an_end_is_refused_and_leaves_nothing(
+    gateway: RunningGateway, db: sa.Engine, begins: bytes, goes_on: bytes
+) -> None:
+    """Its length is not announced, and what it consists of beside its file takes no memory."""
+    sent = itertools.chain([begins], itertools.repeat(goes_on * 100, 2 * uploads.MAX_FORM_BYTES // len(goes_on * 100)))
+    headers = AUTHORIZATION | {"content-type": "multipart/form-data; boundary=b"}
+    answer = gateway.http.post("/v1/files", content=sent, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body")
+    assert "beside those of its file" in answer.json()["error"]["message"]
     assert rows(db, "SELECT FROM served_files") == []
 
 

@@ -29,6 +29,8 @@ from chunkmill.domain.frames import FrameKind
 from chunkmill.domain.spaces import OnLong
 from chunkmill.embedded import StackStatus
 from chunkmill.errors import EngineError
+from chunkmill.machine import this_boot
+from chunkmill.monitor import worker_sockets
 from chunkmill.settings import Settings
 from chunkmill_workers.local import sockets as server_module
 from chunkmill_workers.local.context import WorkerContext
@@ -462,6 +464,31 @@ def test_nobody_who_listens_at_a_workers_address_gets_a_text(
             assert len(answerer.answered) == 2
 
 
+def test_no_row_of_a_worker_chooses_whom_a_caller_asks(here: Client, db: sa.Engine, start: Start) -> None:
+    """Whoever writes rows of workers may write any address."""
+    worker = start(db)
+    with socket.socket() as elsewhere:
+        elsewhere.bind(("127.0.0.1", 0))
+        elsewhere.listen()
+        elsewhere.setblocking(False)
+        port = elsewhere.getsockname()[1]
+        addresses = [
+            f"tcp:0.0.0.0:{port}",
+            f"tcp:localhost:{port}",
+            "tcp:127.0.0.1:http",
+            "tcp:127.0.0.1:99999",
+            "tcp:",
+        ]
+        for number, address in enumerate(addresses):
+            with db.begin() as conn:
+                worker_sockets.write(conn, this_boot(), f"odd:{number}", address, bytes(32), worker.server._spaces)
+        connect(here, "one:1")
+        assert here.embed(["text 4"], timeout=LONG).argmax() == 4
+        assert sockets_of(here._db).ready == ["one:1"]
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
@@ -469,10 +496,13 @@ def test_sockets_of_workers_that_were_killed_are_deleted_and_their_rows_do_no_ha
     here: Client, db: sa.Engine, start: Start, folder: str
 ) -> None:
     path = Path(folder.removeprefix("unix:")) / "1-dead.sock"
+    of_others = path.with_name("notes.sock")
+    of_others.write_text("This is no socket.")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(str(path))
     living = start(db, "one:1")
     assert not path.exists()
+    assert of_others.exists()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(str(path))
     gone = start(db, "gone:2")

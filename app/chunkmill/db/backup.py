@@ -27,17 +27,22 @@ import sqlalchemy as sa
 
 from chunkmill.db import home
 from chunkmill.db.programs import Programs, environment
-from chunkmill.errors import InvalidInput, StoreUnavailable
+from chunkmill.errors import InvalidInput, StoreUnavailable, install_command
 
 LOCK_SECONDS = 60
 """For how long a dump waits for a table that a migration holds."""
 Progress = Callable[[str, int], None]
 """It is told what is written now and how many bytes were, several times a second."""
 _PIECE = 1 << 20
+_SECRET_OPTIONS = ("sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
+"""Of libpq, beside the password. No variable of the environment can hold them."""
 _TICK_SECONDS = 0.2
 _REMEMBERED_LINES = 20
 _NEVER_RESTORED = re.compile(r"^\d+; \d+ \d+ (SCHEMA|EXTENSION|COMMENT - (SCHEMA|EXTENSION)) ")
 """Entries of an archive that a role without rights on the whole database could not make. They are there already."""
+_RESTRICTED = re.compile(rb"(?:--[^\n]*\n|\n)*\\restrict \w+\n")
+"""How a script of ``pg_restore`` begins since August 2025: from here on ``psql`` obeys only SQL. Otherwise a row or a
+name in a backup could be one of its own commands, such as one that runs a program (CVE-2025-8714)."""
 _NEW_SETTING = b"SET transaction_timeout = 0;\n"
 """Programs of Postgres 17 and later write it, and servers before 17 do not know it."""
 
@@ -336,6 +341,13 @@ def _pour(source: _Running, psql: _Running, after: str, progress: Progress, *, o
     try:
         into.write(_BEFORE.encode())
         piece = script.read(_PIECE)
+        if piece and not _RESTRICTED.match(piece):
+            psql.kill()
+            raise StoreUnavailable(
+                f"nothing was restored, because {source.program} lacks the security fix of August 2025, without which "
+                "a backup can run programs on this machine. Update Postgres' programs to their latest minor release; "
+                f"those of Postgres 18 come with: {install_command('embedded')}"
+            )
         if old_server:
             piece = piece.replace(_NEW_SETTING, b"", 1)
         while piece:
@@ -362,8 +374,9 @@ def _pour(source: _Running, psql: _Running, after: str, progress: Progress, *, o
 class _Running:
     """A program that runs, what it said last, and what it is doing."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], program: str) -> None:
         self._process = process
+        self.program = program
         self.what = "starting"
         self.ended = threading.Event()
         self._lines: list[str] = []
@@ -429,7 +442,7 @@ def _started(
         )
     except OSError as error:
         raise StoreUnavailable(f"{command[0]} could not be run: {error}.") from error
-    running = _Running(process)
+    running = _Running(process, command[0])
     try:
         yield running
     finally:
@@ -445,12 +458,13 @@ def _said(lines: list[str]) -> str:
 
 
 def _conninfo(url: str) -> str:
-    """The address for Postgres' programs, without the password. Raises :class:`InvalidInput`."""
+    """The address for Postgres' programs, without the password. Raises :class:`InvalidInput` for another secret."""
     options = _options(url)
-    if "sslpassword" in options:
+    if secret := next((name for name in _SECRET_OPTIONS if name in options), None):
         raise InvalidInput(
-            "DATABASE_URL has an sslpassword, and Postgres' programs take it only as an argument, which every user of "
-            "this machine can read. Put it into a service file (pg_service.conf), and name the service in the URL."
+            f"DATABASE_URL has {secret}, which every user of this machine could read among the arguments of Postgres' "
+            "programs. Put it into a file of services that only you can read, name that file in PGSERVICEFILE, and "
+            f"write service=NAME in place of {secret}."
         )
     left_out = ("password", "client_encoding", "application_name", "context")  # the last is SQLAlchemy's own
     return psycopg.conninfo.make_conninfo(**{name: value for name, value in options.items() if name not in left_out})

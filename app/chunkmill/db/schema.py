@@ -35,6 +35,8 @@ NAMING = {
 
 TIMESTAMP = sa.DateTime(timezone=True)
 NOW = sa.text("now()")
+SEQUENCES = ("deletions", "reopenings")
+"""The sequences that belong to no table."""
 
 
 class Base(DeclarativeBase):

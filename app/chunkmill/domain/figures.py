@@ -24,7 +24,6 @@ STYLE: Any = {
     "axes.titlesize": 11,
     "font.size": 9,
     "svg.fonttype": "none",  # texts of an SVG stay texts
-    "text.parse_math": False,  # an id or a value with two dollar signs is not a formula
     "xtick.color": PALE,
     "ytick.color": PALE,
 }
@@ -58,7 +57,10 @@ def require_matplotlib() -> None:
 def written(made: Figure, kind: str) -> bytes:
     """The bytes of the file: ``png`` or ``svg``. The same picture gives the same bytes."""
     import matplotlib as mpl
+    from matplotlib.text import Text
 
+    for text in made.findobj(Text):
+        text.set_parse_math(False)  # a name, an id or a value with two dollar signs is not a formula
     out = io.BytesIO()
     nothing = {"Date": None} if kind == "svg" else {"Software": None}
     with mpl.rc_context({**STYLE, "svg.hashsalt": "chunkmill"}):

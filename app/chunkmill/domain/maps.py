@@ -138,7 +138,8 @@ class CollectionMap:
         # In a script, only "</" and "<!--" would end the data.
         packed = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         page = files("chunkmill.domain").joinpath("map.html").read_text(encoding="utf-8")
-        return page.replace("{{title}}", html.escape(self.title())).replace("{{data}}", packed)
+        head, _, rest = page.partition("{{data}}")  # a title may hold this mark too
+        return head.replace("{{title}}", html.escape(self.title())) + packed + rest
 
     def picture(self, kind: str = "png") -> bytes:
         """The map as PNG or SVG, by matplotlib. Raises :class:`InvalidInput` if it is not installed."""

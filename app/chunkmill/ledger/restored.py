@@ -15,7 +15,7 @@ from chunkmill.db import (
     home,
     provider_schema,  # noqa: F401 - it adds its tables to Base
 )
-from chunkmill.db.schema import Base
+from chunkmill.db.schema import SEQUENCES, Base
 from chunkmill.domain.states import JobState, Route
 
 STOP_CODE = "restored"
@@ -191,7 +191,7 @@ def of_others(conn: sa.Connection, schema: str, there: home.Home | None) -> list
 
     ``there`` is the installation of the database, if it has one.
     """
-    known = sorted({*Base.metadata.tables, home.VERSION_TABLE, "deletions"})
+    known = sorted({*Base.metadata.tables, *SEQUENCES, home.VERSION_TABLE})
     rows = conn.execute(
         sa.text("""
             WITH place AS (

@@ -116,11 +116,11 @@ class _Text(logging.Formatter):
 
 _PASSWORD = re.compile(r"(://[^\s:/?#@'\"]*:)[^\s'\"]*@")
 """From the first colon to the last @, because a password that was not encoded may hold both, and / ? # as well."""
-_PASSWORD_PARAMETER = re.compile(r"""(?i)(password=)(?:'[^']*'|"[^"]*"|[^\s&'",)]+)""")
+_PASSWORD_PARAMETER = re.compile(r"""(?i)((?:password|secret|scram_\w+_key)=)(?:'[^']*'|"[^"]*"|[^\s&'",)]+)""")
 _PASSWORD_FIELD = re.compile(r"""(?i)(['"]\w*password['"]: ?)(?:'[^']*'|"[^"]*")""")
 _TOKEN = re.compile(r"(?i)(\bbearer )[^\s'\",]+")
 _KEY = re.compile(r"\bsk-[\w*.-]{6,}", re.ASCII)
-_SIGNS = ("password", "bearer ", "sk-", "://")
+_SIGNS = ("password", "secret=", "_key=", "bearer ", "sk-", "://")
 """Without one of them, in whatever case, no pattern above matches."""
 
 

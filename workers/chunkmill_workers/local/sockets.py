@@ -491,6 +491,8 @@ def _require_ours(folder: Path) -> None:
 def _delete_stale(folder: Path) -> None:
     """Delete the sockets of workers that were killed. At them nobody listens."""
     for path in folder.glob("*.sock"):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            continue  # a file refuses a connection too, and it is somebody else's
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:

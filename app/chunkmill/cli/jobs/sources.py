@@ -364,13 +364,42 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
                 columns = ["id", "text", "metadata"]
             number = 0
             for row_group in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for row in arrow.table(
-                    [_in_microseconds(arrow, column) for column in row_group.columns], names=row_group.schema.names
-                ).to_pylist():
+                read = [_in_microseconds(arrow, column) for column in row_group.columns]
+                for row in _rows(arrow.table(read, names=row_group.schema.names)):
                     number += 1
-                    yield f"{path}:row {number}", _from_export(row) if is_export else _from_row(row, fields)
+                    place = f"{path}:row {number}"
+                    if isinstance(row, UnreadableRecord):
+                        yield place, row
+                    else:
+                        yield place, _from_export(row) if is_export else _from_row(row, fields)
     except (arrow_error, OSError) as error:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
+
+
+_NOT_PYTHON = (ValueError, ArithmeticError, LookupError)
+"""What Arrow raises for a value that Python cannot hold: bytes that are no UTF-8, the year 10000, an unknown zone."""
+
+
+def _rows(table: Any) -> list[dict[str, Any] | UnreadableRecord]:
+    """The rows of an Arrow table. If one cannot be read, the others can."""
+    try:
+        rows: list[dict[str, Any] | UnreadableRecord] = table.to_pylist()
+    except _NOT_PYTHON:
+        return [_row(table, number) for number in range(table.num_rows)]
+    return rows
+
+
+def _row(table: Any, number: int) -> dict[str, Any] | UnreadableRecord:
+    row: dict[str, Any] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            row[name] = column[number].as_py()
+        except _NOT_PYTHON:
+            return UnreadableRecord(
+                f"the field {name!r} holds a value that cannot be read, such as text that is not valid UTF-8 or a time "
+                "after the year 9999: choose the columns to keep with --metadata-field"
+            )
+    return row
 
 
 def _cut_at(place: object, chunks: Iterator[Chunk | Uncut]) -> Iterator[tuple[str, Record]]:

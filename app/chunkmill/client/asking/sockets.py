@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import itertools
 import logging
 import os
@@ -556,10 +557,16 @@ def _connect(address: str) -> socket.socket:
     if kind == "unix":
         family, target = socket.AF_UNIX, rest
     elif kind == "tcp":
+        # A worker listens on loopback. Who writes another address into its row must not choose whom this machine asks.
         host, _, port = rest.rpartition(":")
-        host = host.strip("[]")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        target = (host, int(port))  # type: ignore[assignment]
+        try:
+            ip, number = ipaddress.ip_address(host.strip("[]")), int(port)
+        except ValueError:
+            raise OSError(0, "an address of a newer release") from None
+        if not ip.is_loopback or not 0 < number < 65_536:
+            raise OSError(0, "an address that is not of this machine")
+        family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
+        target = (str(ip), number)  # type: ignore[assignment]
     else:
         raise OSError(0, "an address of a newer release")
     sock = socket.socket(family, socket.SOCK_STREAM)

@@ -116,12 +116,14 @@ async def receive(db: sa.Engine, request: Request, tenant: str) -> ServedFile:
         raise _too_large()
     file_id = await _write(db, lambda conn: files.begin(conn, tenant))
     try:
-        n_pieces = 0
+        n_pieces = n_bytes = 0
         async for data in request.stream():
+            n_bytes += len(data)
             try:
                 parser.write(data)
             except FormParserError:
                 raise invalid("body", "is not a multipart form that can be read.", "invalid_multipart") from None
+            _require_size(n_bytes - form.n_bytes)
             while len(form.waiting) >= PIECE_BYTES:
                 await _take_piece(db, form, file_id, n_pieces)
                 n_pieces += 1
@@ -138,6 +140,12 @@ async def receive(db: sa.Engine, request: Request, tenant: str) -> ServedFile:
     except BaseException:
         await _discard(db, file_id)
         raise
+
+
+def _require_size(n_bytes: int) -> None:
+    """Raise :class:`Refusal` if a form has too much beside its file, announced or not."""
+    if n_bytes > MAX_FORM_BYTES:
+        raise invalid("body", f"has more than {MAX_FORM_BYTES:,} bytes beside those of its file.")
 
 
 async def _take_piece(db: sa.Engine, form: _Form, file_id: int, number: int) -> None:

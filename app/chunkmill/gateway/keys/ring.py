@@ -111,7 +111,7 @@ class StoredKeys:
         self._changes += 1
         if payload is None:
             self._looked.clear()
-        elif payload.isdecimal():
+        elif payload.isascii() and payload.isdigit() and len(payload) < 20:  # any role of the database may notify
             self._looked.pop(int(payload), None)
 
     async def close(self) -> None:

@@ -108,6 +108,25 @@ def test_every_kind_of_parquet_column_is_metadata_or_says_why_not(
     assert read(path, fields=Fields(metadata=())) == [Chunk("a", "one", {}), Chunk("b", "two", {})]
 
 
+@pytest.mark.parametrize("kind", ["no UTF-8", "far time", "far day", "unknown zone"])
+def test_a_parquet_value_that_python_cannot_hold_refuses_its_row_alone(tmp_path: Path, kind: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    values = {
+        "no UTF-8": pa.array([b"\xff", None], pa.binary()).view(pa.string()),
+        "far time": pa.array([2**62, None], pa.timestamp("us")),
+        "far day": pa.array([2**30, None], pa.date32()),
+        "unknown zone": pa.array([1, None], pa.timestamp("us", "No/Zone")),
+    }
+    path = tmp_path / "docs.parquet"
+    table = pa.table({"id": ["a", "b"], "text": ["one", "two"], "extra": values[kind]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    with pytest.raises(InvalidInput, match=r"row 1: the field 'extra' holds a value that cannot be read"):
+        read(path)
+    refused, kept = read(path, skip=True)
+    assert (refused.reason, kept) == ("unreadable", Chunk("b", "two", {"extra": None}))
+    assert read(path, fields=Fields(metadata=())) == [Chunk("a", "one", {}), Chunk("b", "two", {})]
+
+
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     path = tmp_path / "docs.parquet"

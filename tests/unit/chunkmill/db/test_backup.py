@@ -39,7 +39,7 @@ def test_the_password_reaches_the_program_in_its_environment_only(programs: Prog
 
 def test_a_passphrase_that_would_be_an_argument_is_refused(programs: Programs, tmp_path: Path) -> None:
     url = "postgresql+psycopg://me@127.0.0.1:1/one?sslkey=/k&sslpassword=s3cret"
-    with pytest.raises(InvalidInput, match="service file") as told:
+    with pytest.raises(InvalidInput, match="file of services") as told:
         dump(url, "chunkmill", tmp_path / "b.dump", programs, lambda *_: None)
     assert "s3cret" not in str(told.value)
     assert not (tmp_path / "said.arguments").exists()

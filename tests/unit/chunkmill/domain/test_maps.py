@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -77,6 +78,9 @@ def test_the_page_loads_nothing_and_no_id_can_leave_the_data() -> None:
     data = data_of(page)
     assert data["ids"] == [f"doc-{i} {EVIL}" for i in range(3)]
     assert data["texts"] is None
+    marked = dataclasses.replace(drawn(["de"]), collection="{{data}} {{title}}").html()
+    assert data_of(marked)["title"] == "Collection {{data}} {{title}}, by lang"
+    assert "<title>Collection {{data}} {{title}}, by lang</title>" in marked
     assert min(data["x"]) == 0  # type: ignore[call-overload]
     assert max(data["x"]) == 65_535  # type: ignore[call-overload]
 
@@ -94,6 +98,11 @@ def test_pictures_are_written(tmp_path: Path) -> None:
     svg = made.save(str(tmp_path / "map.svg")).read_text()
     ElementTree.fromstring(svg)  # noqa: S314 - it is our own
     assert "9,000 texts" in svg
+    for name in (r"a$\frac{$", "b$c$"):  # no formula, and a formula that matplotlib cannot read
+        odd = dataclasses.replace(drawn([name, name, "d"]), collection=name, by=name)
+        written = odd.save(tmp_path / "odd.svg").read_text()
+        assert written.count(name) == 4, "twice in the title, above the legend and in it"
+        assert odd.save(tmp_path / "odd.png").stat().st_size > 0
     assert made.save(tmp_path / "map.svg").read_text() == svg
     assert (tmp_path / "map.html").exists() is False
     assert "<canvas" in made.save(tmp_path / "map.HTML").read_text()
