@@ -71,6 +71,21 @@ def test_worker_poller_and_client_leave_a_server_that_has_become_read_only(
     behind.dispose()
 
 
+def test_who_only_reads_leaves_the_old_primary_too(
+    settings: Settings, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No read is refused there, so a client that waits or searches would see the past for ever."""
+    monkeypatch.setattr("chunkmill.db.connect.OLDEST_SECONDS", 1)
+    broker = Broker.connect(settings)
+    url = settings.require_database_url()
+    readers = [Client(create_db(url, role=role), broker, settings) for role in ("client", "gateway")]
+    with read_only(db):
+        pin(*(reader._db for reader in readers))
+    for reader in readers:
+        until(lambda reader=reader: reader.collections() == [] and not is_pinned(reader._db))  # type: ignore[misc]
+        reader.close()
+
+
 def test_a_copy_too_leaves_a_read_only_server(db: sa.Engine, client: Client, context: WorkerContext) -> None:
     """COPY runs below SQLAlchemy, which does not see its errors by itself."""
     client.enqueue([("a", "one")], collection="docs")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -17,7 +19,7 @@ from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
 from chunkmill.store import searches
 from tests.integration.hands import Hands
-from tests.support.waiting import together
+from tests.support.waiting import together, until
 
 CHUNKS = [(f"c{i}", f"text {i} of the collection") for i in range(7)]
 ONLY_COVERAGE = Gates(canary=False, recall=None, ndcg_loss=None, p95_ratio=None)
@@ -313,3 +315,40 @@ def test_a_poller_may_die_between_any_two_statements(
     assert len(hands.rows("SELECT 1 FROM jobs WHERE idempotency_key LIKE 'reembed:%'")) == 1
     ((written,),) = hands.rows("SELECT sum(n_embedded) FROM chunk_batches WHERE space_id <> 1")
     assert written == len(CHUNKS)
+
+
+def test_no_statement_that_postgres_ends_ends_the_thread(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that ended would leave every re-embedding as it is, and the poller would go on as if nothing were."""
+    for collection in ("docs", "stays"):
+        scene.client.reembed(
+            collection, to=scene.settings.embedding_model, on_long="split", gates=ONLY_COVERAGE, ramp=()
+        )
+    monkeypatch.setattr("chunkmill.poller.reembedding.LOOK_SECONDS", 0.02)
+    behind = create_db(scene.settings.require_database_url(), role="poller")
+    ended: list[str] = []
+
+    @sa.event.listens_for(behind, "before_cursor_execute", retval=True)
+    def end_the_first(
+        conn: object, cursor: psycopg.Cursor, statement: str, parameters: object, context: object, many: object
+    ) -> tuple[str, object]:
+        if "pg_try_advisory_lock" not in statement or len(ended) == 2:
+            return statement, parameters
+        ended.append(statement)
+        cursor.execute("SET LOCAL statement_timeout = '20ms'")
+        return "SELECT pg_sleep(600)", ()
+
+    stop = threading.Event()
+    threads = Reembedder(behind, scene.settings).start(stop)
+
+    def have_gone_on() -> bool:
+        states = [scene.client.reembedding(collection).state for collection in ("docs", "stays")]
+        return S.PLANNED not in states
+
+    until(lambda: have_gone_on() or not any(thread.is_alive() for thread in threads))
+    assert len(ended) == 2
+    assert have_gone_on()
+    assert all(thread.is_alive() for thread in threads)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    behind.dispose()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,13 +64,26 @@ def beside(old: str, settings: Settings, engines: Engines) -> Iterator[Runner]:
     db.dispose()
 
 
-def test_the_last_releases_statements_meet_the_same_rows_on_this_schema(settings: Settings, old: str) -> None:
+@pytest.fixture
+def recorded(old: str) -> dict[str, Any]:
+    """What the last release said to Postgres. It made tables with words that Postgres 15 does not know."""
+    db = create_db(old, role="test")
+    with db.connect() as conn:
+        version = int(conn.execute(sa.text("SHOW server_version_num")).scalar_one())
+    db.dispose()
+    if version < 160_000:
+        pytest.skip("the last release could not run on Postgres 15, so no producer or worker of it is beside this code")
+    return read(RELEASE)
+
+
+def test_the_last_releases_statements_meet_the_same_rows_on_this_schema(
+    settings: Settings, old: str, recorded: dict[str, Any]
+) -> None:
     """Enqueue, claim, write, complete, retry, cancel, take back, search, delete: as release 0005 said it.
 
     They name no schema, so the installation must have stayed where that release made it.
     """
     migrate(old)
-    recorded = read(RELEASE)
     assert recorded["release"] == OLDEST_SCHEMA, (
         "the recording is of another release than the code allows beside itself"
     )
@@ -83,7 +97,7 @@ def test_the_last_releases_statements_meet_the_same_rows_on_this_schema(settings
         assert client.search(vector, collection="docs", k=1)[0].chunk_id == "c0"
 
 
-def test_what_a_statement_misses_is_found(old: str) -> None:
+def test_what_a_statement_misses_is_found(old: str, recorded: dict[str, Any]) -> None:
     """The replay is no use unless a schema that breaks the old code fails it."""
     migrate(old)
     db = create_db(old, role="test")
@@ -91,7 +105,7 @@ def test_what_a_statement_misses_is_found(old: str) -> None:
         conn.execute(sa.text("ALTER TABLE chunk_batches RENAME COLUMN deaths TO died"))
     db.dispose()
     with pytest.raises(Exception, match="deaths"):
-        replay(read(RELEASE)["events"], old.replace("+psycopg", ""))
+        replay(recorded["events"], old.replace("+psycopg", ""))
 
 
 def test_new_code_runs_on_the_last_releases_schema(beside: Runner, old: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -12,8 +13,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
+from chunkmill.broker import Broker
 from chunkmill.client import Client, outbox
 from chunkmill.client.outbox import Deliverer
+from chunkmill.db.connect import create_db, open_alone
+from chunkmill.domain.providers import read_models
 from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState
 from chunkmill.errors import (
@@ -320,6 +324,28 @@ def test_a_job_that_cannot_be_enqueued_any_more_fails_and_says_why(
         client.enqueue(CHUNKS, collection="docs", within=conn)
 
 
+def test_a_setting_that_one_poller_lacks_costs_no_job(
+    settings: Settings, own: sa.Engine, client: Client, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its model has a price where the job was enqueued, and where another poller runs."""
+    models = {"mine": {"dimensions": 8, "usd": 0}, "other": {"dimensions": 8, "usd": 0}}
+    budget = {"openai_monthly_budget_usd": Decimal(5)}
+    priced = settings.model_copy(update={"openai_models": read_models(models), **budget})
+    lacking = settings.model_copy(update={"openai_models": read_models(models | {"mine": {"dimensions": 8}}), **budget})
+    producer = Client(create_db(priced.require_database_url(), role="client"), Broker.connect(priced), priced)
+    with connection(own) as conn:
+        job = producer.enqueue(CHUNKS, collection="docs", model="mine", route="openai-sync", within=conn)
+        fine = producer.enqueue(CHUNKS, collection="other", model="other", route="openai-sync", within=conn)
+        conn.commit()
+    assert Deliverer(db, lacking, client._ring).round() == 1
+    assert [client.job(number).state for number in (job.id, fine.id)] == [JobState.ENQUEUEING, JobState.RUNNING]
+    assert f"job {job.id} of the outbox was not delivered (model 'mine' has no price" in caplog.text
+    assert Deliverer(db, priced, client._ring).round() == 1
+    assert client.job(job.id).state is JobState.RUNNING
+    assert client.job(job.id).chunks == len(CHUNKS)
+    producer.close()
+
+
 def test_what_passes_is_tried_again_and_keeps_no_other_waiting(
     own: sa.Engine, client: Client, deliverer: Deliverer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +484,29 @@ def test_a_commit_is_heard_of_at_once(own: sa.Engine, client: Client, db: sa.Eng
     stop.set()
     with db.begin() as conn:
         conn.execute(sa.text("SELECT pg_notify('chunkmill_outbox', 'nothing')"))
+    thread.join()
+
+
+def test_nothing_ends_the_thread_that_delivers(
+    own: sa.Engine, client: Client, db: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [RuntimeError("a fault of ours"), OSError(24, "Too many open files")]
+
+    def fail_twice(db: sa.Engine) -> object:
+        if failures:
+            raise failures.pop()
+        return open_alone(db)
+
+    monkeypatch.setattr(outbox, "open_alone", fail_twice)
+    stop = threading.Event()
+    thread = Deliverer(db, settings, client._ring).start(stop)
+    with connection(own) as conn:
+        made = [client.enqueue(CHUNKS, collection=name, within=conn) for name in ("docs", "other")]
+        conn.commit()
+    until(lambda: all(client.job(job.id).state is JobState.RUNNING for job in made) or not thread.is_alive())
+    assert failures == []
+    assert thread.is_alive()
+    stop.set()
     thread.join()
 
 

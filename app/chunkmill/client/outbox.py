@@ -25,7 +25,14 @@ from chunkmill.domain.chunks import PreparedChunk, StreamDigest, prepare_all, pr
 from chunkmill.domain.reasons import reason_of
 from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState
-from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, StoreUnavailable
+from chunkmill.errors import (
+    ChunkmillError,
+    InvalidChunk,
+    InvalidInput,
+    InvalidSetting,
+    NewerSpace,
+    StoreUnavailable,
+)
 from chunkmill.ledger.jobs import jobs, outbox, streams
 from chunkmill.ledger.jobs.outbox import OUTBOX_CHANNEL, KeyedEntry, OutboxEntry, Statements
 from chunkmill.settings import Settings
@@ -42,6 +49,8 @@ PAGE_CHUNKS, PAGE_BYTES = 500, 1024 * 1024
 """When a page of the outbox is full. One page is in memory at a time."""
 LEAST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 """How long a job whose delivery failed waits for the next try."""
+OWN_LACKS = (InvalidSetting, NewerSpace)
+"""Errors of the process that delivers. Another one may have the setting or the release that this one lacks."""
 
 
 # --- in the producer's transaction -----------------------------------------------------------------------------------
@@ -177,7 +186,8 @@ def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[s
     """Enqueue the chunks of a job in the outbox, and take it out. False if another process is at it, or has done it.
 
     It may die at any moment: whoever delivers the job next goes on in the same job. An error that will not pass ends
-    the job as failed, with the reason; any other one is raised, and the job stays in the outbox.
+    the job as failed, with the reason; any other one is raised, and the job stays in the outbox. What only this process
+    lacks is raised too: a setting of its environment, or the release that can read a space.
     """
     with db.begin() as conn:
         entry = outbox.read(conn, job_id)
@@ -201,11 +211,11 @@ def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[s
     try:
         enqueue(db, settings, request, _items(db, job_id), ring=ring)
     except ChunkmillError as error:
-        if error.retryable:
+        if error.retryable or isinstance(error, OWN_LACKS):
             raise
         logger.error("job %s of the outbox cannot be enqueued: %s", job_id, error)  # noqa: TRY400 - the message says it
         with db.begin() as conn:
-            _fail(conn, entry, str(error))
+            _fail(conn, entry, reason_of(error))
         return True
     with db.begin() as conn:
         job = jobs.of_id(conn, job_id)
@@ -292,7 +302,7 @@ class Deliverer:
                 with closing(open_alone(self._db)) as connection:
                     connection.execute(f"LISTEN {OUTBOX_CHANNEL}", prepare=False)
                     self._serve(connection, stop)
-            except (sa.exc.SQLAlchemyError, psycopg.Error, ChunkmillError) as error:
+            except Exception as error:  # noqa: BLE001 - without this thread no job of the outbox is delivered
                 self._say(f"the outbox cannot be read ({reason_of(error)}); trying again every few seconds")
                 stop.wait(max(1.0, self._settings.poll_interval))
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 
+OLDEST_SECONDS = 300
+"""A connection of the pool that is older is made anew. After a failover a session may stay with the old primary. A
+write is refused there (``_leave_read_only_server``), but whoever only reads would read the past for ever."""
+
+
 def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
     """A pool of connections. ``pg_stat_activity`` shows ``role``, for example ``client``, ``worker`` or ``poller``.
 
@@ -31,6 +36,7 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
+        pool_recycle=OLDEST_SECONDS,
         hide_parameters=True,  # they hold texts, and error messages are logged
         connect_args={
             "application_name": f"chunkmill-{role}",

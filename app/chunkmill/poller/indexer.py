@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import sqlalchemy as sa
 
-from chunkmill.db.retry import is_outage
 from chunkmill.domain.serving import BuilderKind
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
@@ -48,33 +48,28 @@ class Indexer:
         """Start both threads, which end soon after ``stop``. A build that is under way is left to the next poller."""
         if self._settings.index_seconds == 0:
             return []
-        threads = [
-            threading.Thread(target=self._run, args=(name, build, stop), name=name, daemon=True)
-            for name, build in (("flush", self._flush), ("merge", self._merge))
-        ]
+        threads = []
+        for name, round_of in (("flush", self._flush_all), ("merge", self._merge_all)):
+            steps = Steps()
+            work = partial(round_of, steps, stop)
+            args = (f"the round of the {name}", work, stop, self._settings.index_seconds)
+            threads.append(threading.Thread(target=steps.repeat, args=args, name=name, daemon=True))
         for thread in threads:
             thread.start()
         return threads
 
     def round(self) -> int:
         """Flush and merge what is due. Returns how many segments were built."""
-        Steps().run("the drop of segments that nobody reads", self._drop_left_behind)
-        self._fill_keywords(Steps())
-        return self._build_all("flush", self._flush, Steps()) + self._build_all("merge", self._merge, Steps())
+        return self._flush_all(Steps()) + self._merge_all(Steps())
 
-    def _run(self, name: str, build: Callable[[Space, int], Built | None], stop: threading.Event) -> None:
-        steps = Steps()
-        while not stop.wait(self._settings.index_seconds):
-            try:
-                if name == "flush":
-                    steps.run("the drop of segments that nobody reads", self._drop_left_behind)
-                self._build_all(name, build, steps, stop)
-                if name == "flush":
-                    self._fill_keywords(steps, stop)
-            except Exception as error:
-                if not is_outage(error):
-                    raise
-                # The poller's own rounds report that Postgres is unavailable.
+    def _flush_all(self, steps: Steps, stop: threading.Event | None = None) -> int:
+        steps.run("the drop of segments that nobody reads", self._drop_left_behind)
+        n_built = self._build_all("flush", self._flush, steps, stop)
+        self._fill_keywords(steps, stop)
+        return n_built
+
+    def _merge_all(self, steps: Steps, stop: threading.Event | None = None) -> int:
+        return self._build_all("merge", self._merge, steps, stop)
 
     def _build_all(
         self, name: str, build: Callable[[Space, int], Built | None], steps: Steps, stop: threading.Event | None = None

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 
@@ -18,7 +18,6 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import sqlstate
 from chunkmill.db.locks import REEMBED_LOCK
-from chunkmill.db.retry import is_outage
 from chunkmill.domain.reembedding import Coverage, Plan, ReembeddingState, ServedBy, step_of_ramp
 from chunkmill.ledger import judging
 from chunkmill.ledger.reembedding import cleaning, fill, flipping, gating, lives, serving
@@ -73,8 +72,11 @@ class Reembedder:
         """Start both threads, which end soon after ``stop``."""
         self._stop = stop
         threads = [
-            threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-            for name, work in (("reembed", self.step_all), ("judge", self.judge_all))
+            threading.Thread(target=steps.repeat, args=(what, work, stop, LOOK_SECONDS), name=name, daemon=True)
+            for name, what, steps, work in (
+                ("reembed", "the look at re-embeddings", self._steps, self.step_all),
+                ("judge", "the look at gates", self._judge_steps, self.judge_all),
+            )
         ]
         for thread in threads:
             thread.start()
@@ -105,15 +107,6 @@ class Reembedder:
                     self._judge_steps.run(what, lambda number=reembedding_id: self._judge(number))  # type: ignore[misc]
             if self._stop.is_set():
                 return
-
-    def _run(self, work: Callable[[], None]) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
-            try:
-                work()
-            except Exception as error:
-                if not is_outage(error):
-                    raise
-                # The poller's own rounds report that Postgres is unavailable.
 
     def _to_care_for(self, steps: Steps) -> list[tuple[int, int]]:
         def read() -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -44,6 +45,17 @@ class Steps:
             self.forget(what)
             return done
         return None
+
+    def repeat(self, what: str, step: Callable[[], object], stop: threading.Event, seconds: float) -> None:
+        """Run ``step`` every ``seconds`` until ``stop``, whatever goes wrong. It is the whole of a thread.
+
+        A thread that ended would leave its work undone until the poller is started again, and nothing would show it.
+        """
+        while not stop.wait(seconds):
+            try:
+                self.run(what, step)
+            except Exception as error:  # noqa: BLE001 - only an outage comes here, which the poller's rounds report
+                logger.debug("poller: %s waits for Postgres: %s", what, reason_of(error))
 
     def forget(self, what: str) -> None:
         """Forget why ``what`` failed, because it succeeded or because nobody tries it again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import psycopg
 import pytest
@@ -35,3 +36,25 @@ def test_a_reason_is_said_once_and_quotes_no_text(error: Exception, caplog: pyte
     assert type(getattr(error, "orig", error)).__name__ in record.getMessage()
     for form in (_Json(), _Text()):
         assert "SECRET" not in form.format(record)
+
+
+def test_a_thread_that_repeats_a_step_outlives_every_failure(caplog: pytest.LogCaptureFixture) -> None:
+    stop, calls = threading.Event(), []
+    failures = [
+        ValueError("a fault of ours"),
+        sa.exc.OperationalError("SELECT", {}, psycopg.OperationalError("Postgres is away")),
+        sa.exc.OperationalError("SELECT", {}, psycopg.errors.QueryCanceled("a timeout")),
+        sa.exc.TimeoutError("no connection is free"),
+    ]
+
+    def step() -> None:
+        calls.append(1)
+        if len(calls) > len(failures):
+            stop.set()
+            return
+        raise failures[len(calls) - 1]
+
+    Steps().repeat("the step", step, stop, 0.0)
+    assert len(calls) == len(failures) + 1
+    # An outage is not said: the poller's rounds do.
+    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == len(failures) - 1
