@@ -69,6 +69,19 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays, so that to look through it for garbage meanwhile finds nothing.
+
+    It took a third of the time of a core in which each pytest process collects the tests.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays to the end, so that the garbage collector need not look at it again and again."""
     gc.collect()

@@ -369,16 +369,18 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
 
 @every_target
 def test_neither_library_tells_its_makers(
-    target: Target, tmp_path: Path, minilm_folder: Callable[[Target], ModelFolder], cache_folder: Path
+    target: Target, tmp_path: Path, family_folder: Callable[[str], ModelFolder], cache_folder: Path
 ) -> None:
     """Both send events over the network by default, and leave an identifier of the machine in the user's folders."""
-    minilm_folder(target)
+    folder = family_folder("bert")
+    export(folder, target)
     kind = {"onnx": "OnnxBackend", "openvino": "OpenVinoBackend"}[target]
     code = (
         "import sys, torch, numpy as np\n"
         "from chunkmill.models import resolve_model\n"
         f"from chunkmill_workers.engine.backends.{target} import {kind}\n"
-        f"backend = {kind}.load(resolve_model({MINILM!r}), dtype=torch.float32, threads=1, pad_id=0)\n"
+        f"folder = resolve_model({str(folder.path)!r}, pooling={POOLINGS['bert']!r})\n"
+        f"backend = {kind}.load(folder, dtype=torch.float32, threads=1, pad_id=0)\n"
         "backend([np.array([101, 102], np.int32)])\n"
         "assert sys.modules.get('openvino_telemetry') is None\n"
     )

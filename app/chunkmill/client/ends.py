@@ -329,8 +329,9 @@ class Futures:
                     away_since = away_since or time.monotonic()
                     if isinstance(error, StoreLimit) or time.monotonic() - away_since > AWAY_SECONDS:
                         self._settle(watch.job_ids, partial(_fail, error=error))
-                step = watch.wait(1.0)
-                step.signal.wait(step.seconds)
+                if self._futures:  # if the last was settled just now, nothing would end the wait
+                    step = watch.wait(1.0)
+                    step.signal.wait(step.seconds)
         finally:
             ends.remove(watch)
 

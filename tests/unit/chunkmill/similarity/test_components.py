@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 
 from chunkmill.errors import InvalidInput
 from chunkmill.similarity import components, principal_components
@@ -23,6 +22,8 @@ def topics(n: int, d: int, *, seed: int = 3) -> NDArray[np.float32]:
 def test_points_and_shares_are_those_of_the_exact_decomposition(
     n: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sklearn.decomposition import PCA  # every pytest process would import it as it collects the tests
+
     monkeypatch.setattr(components, "fitting", lambda *_, **__: 7)  # blocks that do not divide n
     vectors = topics(n, d)
     exact = PCA(3, svd_solver="full").fit(vectors.astype(np.float64))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from chunkmill.cli.__main__ import cli
 from chunkmill_workers.benchmarks import __main__ as command
-from chunkmill_workers.benchmarks import machine, plots, report, stats, summary
+from chunkmill_workers.benchmarks import machine, report, stats, summary
 from chunkmill_workers.benchmarks.names import LATENCY, LIMIT, MEMORY, REFERENCE, START
 from chunkmill_workers.benchmarks.peers import peers
 from chunkmill_workers.benchmarks.stats import Measurement, Target, add_ratios
@@ -96,6 +96,8 @@ def test_a_person_sees_what_was_skipped_and_why(engine: dict[str, Any], capsys: 
 
 
 def test_pictures_are_small_and_named_after_the_machine(engine: dict[str, Any], tmp_path: Path) -> None:
+    from chunkmill_workers.benchmarks import plots  # Matplotlib, whose import takes most of a second
+
     results, images = tmp_path / "results", tmp_path / "images"
     report.write(engine, results)
     slug = machine.slug(engine["machine"])
