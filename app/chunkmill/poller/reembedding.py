@@ -60,6 +60,7 @@ class Reembedder:
         """Re-embedding → when its coverage is counted again, by the clock of this process."""
         self._judge_at: dict[tuple[int, Plan], float] = {}
         """Re-embedding and plan → before when its gates are not checked again."""
+        self._passed_over = fill.PassedOver()
         self._seen: dict[int, Look | None] = {}
         """Re-embedding → what the last try of its flip looked at."""
         self._stop = threading.Event()
@@ -174,7 +175,7 @@ class Reembedder:
 
     def _fill(self, life: Life, *, is_there: bool) -> None:
         with self._db.begin() as conn:
-            problem = fill.why_waiting(conn, self._settings, life.id)
+            problem = fill.why_waiting(conn, self._settings, life.id, self._passed_over)
         if not is_there and time.monotonic() < self._count_at.get(life.id, 0.0):
             with self._db.begin() as conn:
                 lives.note_problem(conn, life, problem)
