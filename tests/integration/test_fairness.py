@@ -176,6 +176,18 @@ def test_the_turn_goes_to_what_may_be_claimed_now(change: str, enqueue: Callable
     assert turns == [2, 1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("state", "turn"), [("running", 2), ("completed", 2), ("discarded", 2), ("available", 1), ("cancelled", 1)]
+)
+def test_a_bell_whose_chunk_batch_another_worker_took_stands_for_one_that_was_passed_over(
+    state: str, turn: int, enqueue: Callable[..., int], db: sa.Engine
+) -> None:
+    enqueue(1), enqueue(1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET state = :state WHERE id = 1"), {"state": state})
+        assert chunk_batches.turn_of(conn, 1, served={}) == turn
+
+
 def test_the_turn_goes_to_no_cancelled_job_and_to_no_space_that_the_worker_has_not(
     enqueue: Callable[..., int], db: sa.Engine
 ) -> None:
