@@ -61,7 +61,7 @@ def _forms(page: Sequence[str], number: int) -> Iterator[tuple[int, _Form]]:
         if not line:
             continue
         yield at, _Form(place, line)
-        for found in _NUMBER.finditer(line):
-            form = _Form(place, line[: found.start()], line[found.end() :], int(found[0]) - number)
+        for digits in _NUMBER.finditer(line):
+            form = _Form(place, line[: digits.start()], line[digits.end() :], int(digits[0]) - number)
             if place == -1 or not form.has_words:
                 yield at, form
