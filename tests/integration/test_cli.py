@@ -284,6 +284,10 @@ def test_a_folder_is_kept_in_step_and_too_many_bad_records_exit_with_5(home: Pat
     assert (dead["chunk_id"], f"{folder}/c.md: the text is empty" in dead["reason"]) == ("c.md", True)
     assert call("job", str(job["id"]), "--max-refused", "0").exit_code == 5
     assert call("job", str(job["id"]), "--max-refused", "50%").exit_code == 0
+    (folder / "b.md").write_text(" ")
+    # Two documents without a text are more than any limit allows here, and skipping all was asked for.
+    assert call("enqueue", str(folder), "-c", "in_step", "--no-wait", "--on-invalid", "skip").exit_code == 0
+    assert document("jobs", "-n", "1")[0]["refused"] == 2
     assert "--sync-where needs --sync" in refusal("enqueue", str(folder), "-c", "in_step", "--sync-where", '{"a": 1}')
     document("delete", "in_step", "--all", "--yes")
 

@@ -12,8 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import Client, JobState
-from chunkmill.broker import Broker
+from chunkmill.broker import QUEUE, Broker, keys_of
 from chunkmill.client import Client as ClientClass
+from chunkmill.domain.deaths import SUSPECT_DEATHS
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
 from chunkmill.ledger.work import chunk_batches
@@ -73,6 +74,26 @@ def serve(db: sa.Engine, broker: Broker) -> Callable[[], int]:
     return served
 
 
+@pytest.fixture
+def answer(context: WorkerContext, db: sa.Engine, broker: Broker) -> Callable[[], int | None]:
+    """Let a real task answer the next bell, and return the job whose ChunkBatch it completed; None if it had none."""
+
+    def completed() -> Counter[int]:
+        with db.begin() as conn:
+            return Counter(
+                conn.execute(sa.text("SELECT job_id FROM chunk_batches WHERE state = 'completed'")).scalars()
+            )
+
+    def answered() -> int | None:
+        messages = (broker.client.rpop(key) for key in keys_of(QUEUE))
+        ((chunk_batch_id,), *_) = json.loads(base64.b64decode(json.loads(next(filter(None, messages)))["body"]))
+        before = completed()
+        run_chunk_batch(context, chunk_batch_id)
+        return next(iter(completed() - before), None)
+
+    return answered
+
+
 def rung(db: sa.Engine) -> Counter[int]:
     """Bells of each job that nobody has answered."""
     with db.begin() as conn:
@@ -95,6 +116,102 @@ def test_the_second_job_begins_when_the_window_of_the_first_is_answered(
     assert Counter(served[WINDOW:]) == {first: 10, second: 10}
     for at in range(WINDOW, 24):
         assert abs(served[WINDOW:at].count(first) - served[WINDOW:at].count(second)) <= WINDOW
+
+
+def test_a_small_job_does_not_wait_for_the_bells_of_a_large_one(
+    enqueue: Callable[..., int], answer: Callable[[], int | None], poller: Poller, db: sa.Engine, broker: Broker
+) -> None:
+    """They are before its own in Redis. On a slow worker they were minutes of work."""
+    large = enqueue(20)
+    assert answer() == large
+    small, other = enqueue(1), enqueue(2)
+    poller.round()
+    assert rung(db) == {large: WINDOW - 1, small: 1}
+    # What is free after a claim is rung for the other one, which has the fewest bells.
+    served = []
+    for _ in range(6):
+        served.append(answer())
+        poller.round()
+    assert served == [large, small, large, other, large, other]
+    # No bell is lost: each that is left stands for a ChunkBatch that was passed over.
+    while sum(broker.queued_doorbells().values()):
+        assert answer() in (large, other)
+    assert not rung(db)
+
+
+def test_small_jobs_that_keep_coming_do_not_keep_a_large_one_waiting(
+    enqueue: Callable[..., int], answer: Callable[[], int | None], poller: Poller
+) -> None:
+    large, served = enqueue(20), []
+    for _ in range(12):
+        enqueue(1)
+        poller.round()
+        served.append(answer())
+    assert None not in served
+    # While n of its first four bells wait, at most 4 - n small ones are rung and may go before the next of them.
+    assert served.count(large) >= WINDOW
+    assert len(set(served)) > WINDOW
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "priority = 9",
+        "route = 'openai-sync'",
+        "state = 'running'",
+        "not_before = now() + interval '1 h'",
+        "attempt = max_attempts",
+        "rung_at = NULL",
+        "rung_at = now() + interval '1 h'",
+    ],
+)
+def test_the_turn_goes_to_what_may_be_claimed_now(change: str, enqueue: Callable[..., int], db: sa.Engine) -> None:
+    """After an hour of the first job, it would be the turn of the second one."""
+    first, _second = enqueue(1), enqueue(1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = now() - interval '1 minute'"))
+        turns = [chunk_batches.turn_of(conn, 1, served=served) for served in ({first: 0.0}, {first: 3600.0}, {})]
+        conn.execute(sa.text(f"UPDATE chunk_batches SET {change} WHERE id = 2"))
+        turns.append(chunk_batches.turn_of(conn, 1, served={first: 0.0}))
+    assert turns == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("state", "turn"), [("running", 2), ("completed", 2), ("discarded", 2), ("available", 1), ("cancelled", 1)]
+)
+def test_a_bell_whose_chunk_batch_another_worker_took_stands_for_one_that_was_passed_over(
+    state: str, turn: int, enqueue: Callable[..., int], db: sa.Engine
+) -> None:
+    enqueue(1), enqueue(1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET state = :state WHERE id = 1"), {"state": state})
+        assert chunk_batches.turn_of(conn, 1, served={}) == turn
+
+
+def test_the_turn_goes_to_no_cancelled_job_and_to_no_space_that_the_worker_has_not(
+    enqueue: Callable[..., int], db: sa.Engine
+) -> None:
+    first, second = enqueue(1), enqueue(1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = now() - interval '1 minute'"))
+        assert chunk_batches.turn_of(conn, 1, served={first: 0.0}) == 2
+        assert chunk_batches.turn_of(conn, 1, served={first: 0.0}, not_spaces=[1]) == 1
+        conn.execute(sa.text("UPDATE jobs SET state = 'cancelled' WHERE id = :id"), {"id": second})
+        assert chunk_batches.turn_of(conn, 1, served={first: 0.0}) == 1
+
+
+def test_a_suspect_whose_turn_it_is_is_the_one_that_is_embedded_alone(
+    context: WorkerContext, enqueue: Callable[..., int], answer: Callable[[], int | None], db: sa.Engine
+) -> None:
+    large = enqueue(20)
+    assert answer() == large
+    suspect = enqueue(1)
+    assert answer() == large
+    with db.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE chunk_batches SET deaths = :n WHERE job_id = :id"), {"n": SUSPECT_DEATHS, "id": suspect}
+        )
+    assert answer() == suspect
 
 
 def test_bells_of_one_round_alternate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.states import JobState, Priority
 from chunkmill.errors import InvalidInput, SpaceMismatch
 from chunkmill.ledger.reembedding import fill
-from chunkmill.ledger.reembedding.fill import Coverage
+from chunkmill.ledger.reembedding.fill import Coverage, PassedOver
 from chunkmill.monitor.servers import read_spaces
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, others, registry
@@ -341,7 +342,7 @@ def test_a_cancelled_job_stops_the_filling_until_it_is_retried(scene: Scene) -> 
     assert not scene.fill()
     assert not scene.waiting_in(scene.new)
     with scene.db.begin() as conn:
-        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver()))
     assert f"chunkmill retry {job}" in said
     assert f"space {scene.new.spec.fingerprint[:12]} ('{scene.new.spec.model}')" in said
     scene.client.retry(job)
@@ -358,12 +359,12 @@ def test_discarded_work_is_not_tried_for_ever(scene: Scene) -> None:
     assert not scene.fill()
     assert not scene.waiting_in(scene.new)
     with scene.db.begin() as conn:
-        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver()))
     assert f"7 contents cannot be embedded into space {scene.new.spec.fingerprint[:12]} (" in said
     scene.client.retry(job)
     scene.fill_all()
     with scene.db.begin() as conn:
-        assert fill.why_waiting(conn, scene.settings, scene.reembedding) is None
+        assert fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver()) is None
 
 
 def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
@@ -371,7 +372,7 @@ def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
 
     def said() -> bool:
         with scene.db.begin() as conn:
-            problem = fill.why_waiting(conn, scene.settings, scene.reembedding)
+            problem = fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver())
         assert problem is None or f"Nothing of job {job}" in problem
         return problem is not None
 
@@ -424,6 +425,18 @@ def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
         assert said()
     embedded(job=job, minutes_ago=9)
     assert not said()
+
+
+def test_what_a_look_found_is_said_until_the_next_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_over, found = PassedOver(), {1: True, 2: False}
+    monkeypatch.setattr(fill, "_is_passed_over", lambda conn, job_id: found[job_id])
+    with scene.db.begin() as conn:
+        assert [passed_over.says(conn, job) for job in (1, 2)] == [True, False]
+        found.update({1: False, 2: True})
+        assert [passed_over.says(conn, job) for job in (1, 2)] == [True, False]
+        later = time.monotonic() + fill.LOOK_AGAIN_SECONDS
+        monkeypatch.setattr(fill.time, "monotonic", lambda: later)
+        assert [passed_over.says(conn, job) for job in (1, 2)] == [False, True]
 
 
 def test_a_key_that_an_enqueue_has_used_is_left_alone(scene: Scene) -> None:
@@ -608,7 +621,7 @@ def test_a_route_that_nobody_here_serves_is_named(client: Client, db: sa.Engine,
     reembedding = reembeddings.begin(db, "docs", reembeddings.second_space(db, "docs"), route="openai", priority="high")
     assert not fill.fill_some(db, small, reembedding)
     with db.begin() as conn:
-        assert "cannot be filled from here: " in str(fill.why_waiting(conn, small, reembedding))
+        assert "cannot be filled from here: " in str(fill.why_waiting(conn, small, reembedding, PassedOver()))
     client.enqueue([("b", "text b")], collection="docs")  # the producer goes on without the other space
     hands.rows("""UPDATE reembeddings SET plan = '{"route": "local", "priority": "high"}' RETURNING 1""")
     assert not fill.fill_some(db, small, reembedding)

@@ -90,7 +90,8 @@ def test_a_chunk_batch_waits_uncharged_for_a_worker_that_can(
     lack(monkeypatch, error)
     for _ in range(8):
         unfit.engines.left_to_others.clear()  # as if a minute had passed
-        hands.rows("UPDATE chunk_batches SET not_before = now() RETURNING id")
+        # Nobody rings for the other one meanwhile, or it would be its turn.
+        hands.rows("UPDATE chunk_batches SET not_before = now(), rung_at = NULL RETURNING id")
         assert run_chunk_batch(unfit, 1) is TaskResult.RELEASED
     [(state, owner, charged, said)] = hands.rows(
         "SELECT state, lease_owner, attempt - max_attempts, error FROM chunk_batches WHERE id = 1"

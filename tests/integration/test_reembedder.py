@@ -14,7 +14,7 @@ from chunkmill import Gates, Reembedding, ReembeddingState
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.latencies import bucket_of
-from chunkmill.ledger.reembedding import flipping, lives
+from chunkmill.ledger.reembedding import fill, flipping, lives
 from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
 from chunkmill.store import searches
@@ -79,6 +79,33 @@ def lives_of(hands: Hands) -> lives.Life:
 @pytest.fixture
 def scene(client: Client, hands: Hands, small: Settings) -> Iterator[Scene]:
     yield Scene(client, hands, small)
+
+
+def test_a_poller_looks_once_a_minute_whether_a_filling_is_passed_over(
+    scene: Scene, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look may read all attempts of a thousand jobs, and a poller takes a step every second."""
+    looks: list[int] = []
+    look = fill._is_passed_over
+
+    def noted(conn: sa.Connection, job_id: int) -> bool:
+        looks.append(job_id)
+        return look(conn, job_id)
+
+    monkeypatch.setattr(fill, "_is_passed_over", noted)
+    client.enqueue([("a", "text of another collection")], collection="other")
+    scene.hands.work()
+    for collection in ("docs", "other"):
+        client.reembed(collection, to=scene.settings.embedding_model, on_long="split")
+    poller = Reembedder(db, scene.settings)
+    for _ in range(4):
+        poller.step_all()
+    assert len(looks) == len(set(looks)) == 2
+    monkeypatch.setattr(fill, "LOOK_AGAIN_SECONDS", 0.0)
+    another = Reembedder(db, scene.settings)
+    for _ in range(2):
+        another.step_all()
+    assert len(looks) == 6
 
 
 def test_it_goes_from_the_plan_to_its_end_by_itself(scene: Scene, client: Client, hands: Hands) -> None:

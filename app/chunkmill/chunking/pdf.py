@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Final
 
 from chunkmill.chunking.document import Document, paragraphs
 from chunkmill.chunking.libraries import library
+from chunkmill.chunking.running_lines import without_running_lines
 
 MAX_TEXT_LENGTH: Final = 64 * 1024 * 1024
 """The most characters of text that are taken from one file."""
@@ -39,6 +40,7 @@ def read_pdf(file: BinaryIO) -> Document:
             opened.close()
     if not any(map(str.strip, pages)):
         raise ValueError("it has no text; if its pages are pictures, make a PDF with text of them by OCR")
+    pages = without_running_lines(pages)
     starts, at = [], 0
     for page in pages:
         starts.append(at)

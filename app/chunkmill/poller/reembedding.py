@@ -66,6 +66,7 @@ class Reembedder:
         """Re-embedding and plan → before when its gates are not checked again."""
         self._flip_look_at: dict[tuple[int, ReembeddingState], float] = {}
         """Re-embedding and state → when to look again at what its next flip or rollback has to prove."""
+        self._passed_over = fill.PassedOver()
         self._stop = threading.Event()
 
     def start(self, stop: threading.Event) -> list[threading.Thread]:
@@ -176,7 +177,7 @@ class Reembedder:
 
     def _fill(self, life: Life, *, is_there: bool) -> None:
         with self._db.begin() as conn:
-            problem = fill.why_waiting(conn, self._settings, life.id)
+            problem = fill.why_waiting(conn, self._settings, life.id, self._passed_over)
         if not is_there and time.monotonic() < self._count_at.get(life.id, 0.0):
             with self._db.begin() as conn:
                 lives.note_problem(conn, life, problem)

@@ -75,7 +75,7 @@ def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskRe
         # A suspect is not held while others are embedded here: if they killed the worker, it would be blamed.
         _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.room.has_suspect else 0.0)
         with context.room.alone() as alone:
-            lease = _claim(context, chunk_batch_id) if alone else None
+            lease = _claim(context, lease.chunk_batch_id, in_turn=False) if alone else None
             if lease is None:
                 return TaskResult.RELEASED
             with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
@@ -87,13 +87,14 @@ def _counted(outcome: TaskResult) -> TaskResult:
     return outcome
 
 
-def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
+def _claim(context: WorkerContext, chunk_batch_id: int, *, in_turn: bool = True) -> Lease | None:
     """Claim the ChunkBatch if it is due. A worker that leaves or whose device is broken claims nothing."""
     if context.stopping.is_set() or context.broken:
         return None
 
     try:
-        lease = claim(context, chunk_batch_id, route=Route.LOCAL, not_spaces=list(context.engines.unserved()))
+        unserved = list(context.engines.unserved())
+        lease = claim(context, chunk_batch_id, route=Route.LOCAL, not_spaces=unserved, in_turn=in_turn)
     except (sa.exc.SQLAlchemyError, psycopg.Error):
         if context.stopping.is_set():
             return None  # Postgres is away, and the worker leaves

@@ -23,6 +23,9 @@ from chunkmill.ledger.work.chunk_batches import Lease
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED_JOBS = 256
+"""How many jobs a worker remembers to have served. As many can have a bell in Redis by the default of
+``DOORBELL_WINDOW``, and a job that is forgotten is served as one that is new to the worker."""
 FIRST_PID_NAMESPACE = 0xEFFFFFFC
 """The number that Linux gives to the machine's own namespace at every boot."""
 
@@ -109,6 +112,8 @@ class LeaseKeeper(Keeper):
     def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
         super().__init__(db, lease_seconds, name="lease-keeper")
         self._held: dict[int, HeldLease] = {}
+        self._served: dict[int, float] = {}
+        """When something of a job was last held, by ``time.monotonic``, the latest last."""
         self._mine = threading.local()
 
     @contextlib.contextmanager
@@ -125,6 +130,10 @@ class LeaseKeeper(Keeper):
             with self._mutex:
                 if self._held.get(lease.chunk_batch_id) is held:
                     del self._held[lease.chunk_batch_id]
+                self._served.pop(lease.job_id, None)
+                self._served[lease.job_id] = time.monotonic()
+                if len(self._served) > REMEMBERED_JOBS:
+                    del self._served[next(iter(self._served))]
 
     @contextlib.contextmanager
     def at_postgres(self) -> Iterator[None]:
@@ -153,6 +162,13 @@ class LeaseKeeper(Keeper):
         """How many ChunkBatches are held now."""
         with self._mutex:
             return len(self._held)
+
+    def served(self) -> dict[int, float]:
+        """How many seconds ago something of each job was last held here; 0 if something is held now."""
+        with self._mutex:
+            now = time.monotonic()
+            ago = {job_id: now - at for job_id, at in self._served.items()}
+            return ago | {held.lease.job_id: 0.0 for held in self._held.values()}
 
     def stillest(self) -> tuple[float, int]:
         """How many seconds the stillest ChunkBatch has made no progress, and its id; (0.0, 0) if none is held."""

@@ -103,7 +103,8 @@ class Deadline(click.ParamType[datetime | timedelta]):
     type=click.Choice(["raise", "skip"]),
     default="raise",
     show_default=True,
-    help="What to do with an invalid chunk. raise: stop, and write nothing. skip: put it into the job's dead list.",
+    help="What to do with an invalid chunk. raise: stop, and write nothing. skip: put it into the job's dead list. "
+    "The command then exits with 0 however many there are, because that was asked for; --max-refused sets a limit.",
 )
 @click.option(
     "--max-refused",

@@ -47,6 +47,8 @@ PASSED_OVER_SECONDS = 600
 """After so many seconds in which workers took nothing of the filling, and took other work, that is said."""
 LATEST_JOBS = 1_000
 """Among how many of the newest jobs such work is looked for, besides the open ones."""
+LOOK_AGAIN_SECONDS = 60.0
+"""After how many seconds it is looked for again, because all attempts of those jobs may be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,25 @@ def fill_some(db: sa.Engine, settings: Settings, reembedding_id: int) -> bool:
     return is_there
 
 
-def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int) -> str | None:
+class PassedOver:
+    """Says of jobs whether they are passed over, and looks only once in ``LOOK_AGAIN_SECONDS`` for each."""
+
+    def __init__(self) -> None:
+        self._looks: dict[int, tuple[float, bool]] = {}
+        """Job → when it is looked at again, by the clock of this process, and what the last look found."""
+
+    def says(self, conn: sa.Connection, job_id: int) -> bool:
+        """Whether workers have long had nothing of a job, and something of jobs of a higher priority on its lane."""
+        now = time.monotonic()
+        again_at, is_passed_over = self._looks.get(job_id, (now, False))
+        if now >= again_at:
+            self._looks = {job: look for job, look in self._looks.items() if look[0] > now}
+            is_passed_over = _is_passed_over(conn, job_id)
+            self._looks[job_id] = (now + LOOK_AGAIN_SECONDS, is_passed_over)
+        return is_passed_over
+
+
+def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int, passed_over: PassedOver) -> str | None:
     """What keeps the filling from its end that does not pass by waiting, as a sentence that says what to do."""
     query = """
         SELECT f.space_id, f.job_id, f.failed, j.state, s.fingerprint, s.model
@@ -162,7 +182,7 @@ def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int) ->
                     choose(conn, settings, space.spec, reembedding_id)
             except ChunkmillError as error:
                 return f"Space {space_name} cannot be filled from here: {error}"
-        elif _is_passed_over(conn, row.job_id):
+        elif passed_over.says(conn, row.job_id):
             return (
                 f"Nothing of job {row.job_id}, which fills space {space_name}, was embedded for "
                 f"{PASSED_OVER_SECONDS // 60} minutes, because workers always have work of a higher priority. Start "

@@ -6,7 +6,7 @@ row any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -105,6 +105,65 @@ def _copy(
         for hashes, n_cached, n_truncated in rows
     )
     copy_binary(conn, _COPIED, encode_rows(encoded))
+
+
+# Only rung ChunkBatches are read, by ix_chunk_batches_rung_by_route. They are no more than the windows hold. Those of
+# jobs that the worker never served come in the order in which they were rung.
+_TURN = with_constants(
+    """
+WITH bell AS MATERIALIZED (
+    SELECT b.job_id, b.priority, b.state <> :available AND b.state <> :cancelled AS is_taken,
+           now() - make_interval(secs => s.ago) AS served_at
+    FROM chunk_batches b
+    LEFT JOIN unnest(CAST(:jobs AS bigint[]), CAST(:ago AS float8[])) AS s(job_id, ago) USING (job_id)
+    WHERE b.id = :id AND b.route = :route)
+SELECT b.id
+FROM bell, chunk_batches b
+JOIN jobs j ON j.id = b.job_id
+LEFT JOIN unnest(CAST(:jobs AS bigint[]), CAST(:ago AS float8[])) AS s(job_id, ago) ON s.job_id = b.job_id
+WHERE b.state = :available AND b.rung_at IS NOT NULL
+  AND b.route = :route AND b.priority = (SELECT priority FROM bell)
+  AND b.not_before <= now() AND b.attempt < b.max_attempts
+  AND b.space_id <> ALL(CAST(:not_spaces AS int[]))
+  AND j.state <> :cancelled_job
+  AND (bell.is_taken OR (
+      b.job_id <> bell.job_id AND coalesce(now() - make_interval(secs => s.ago), b.rung_at) < bell.served_at))
+ORDER BY coalesce(now() - make_interval(secs => s.ago), b.rung_at), b.rung_at, b.id
+LIMIT 1
+FOR UPDATE OF b SKIP LOCKED
+""",
+    available=ChunkBatchState.AVAILABLE,
+)
+
+
+def turn_of(
+    conn: sa.Connection,
+    chunk_batch_id: int,
+    *,
+    served: Mapping[int, float],
+    route: Route = Route.LOCAL,
+    not_spaces: Sequence[int] = (),
+) -> int:
+    """Return the ChunkBatch that a worker should claim when the bell of ``chunk_batch_id`` reaches it.
+
+    ``served`` says how many seconds ago the worker last held something of a job; 0 if it holds it now. If it has served
+    the bell's job since another job's bell was rung, then it is that job's turn: a small job that comes later need not
+    wait for every bell of a large one that is in Redis before its own. The bell of what was claimed out of turn stays
+    in Redis, and stands for a ChunkBatch that was passed over.
+    """
+    turn = conn.execute(
+        _TURN,
+        {
+            "id": chunk_batch_id,
+            "route": route,
+            "jobs": list(served),
+            "ago": list(served.values()),
+            "not_spaces": list(not_spaces),
+            "cancelled": ChunkBatchState.CANCELLED,
+            "cancelled_job": JobState.CANCELLED,
+        },
+    ).scalar_one_or_none()
+    return chunk_batch_id if turn is None else int(turn)
 
 
 _CLAIM = sa.text("""
