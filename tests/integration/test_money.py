@@ -175,6 +175,26 @@ def test_new_paid_work_is_refused_at_the_limit_before_anything_is_read(
     assert client.enqueue([("a", "text")], collection="local").contents == 1
 
 
+def test_a_key_whose_job_is_in_the_outbox_asks_no_budget(
+    make: Make, db: sa.Engine, space: registry.Space, settings: Settings
+) -> None:
+    client = make(openai_monthly_budget_usd=Decimal(5))
+    own = sa.create_engine(settings.require_database_url().partition("?schema")[0])
+
+    def ask(key: str, within: sa.Connection | None) -> int:
+        return client.enqueue([("a", "text")], collection="docs", model=SMALL, idempotency_key=key, within=within).id
+
+    with own.begin() as conn:
+        kept = {key: ask(key, conn) for key in ("first", "second")}
+    charge(db, space, "5")
+    with own.begin() as conn:
+        for within in (None, conn):  # whose lock of the key it keeps
+            assert {key: ask(key, within) for key in kept} == kept
+            with pytest.raises(BudgetExceeded):
+                ask("third", within)
+    own.dispose()
+
+
 def test_with_a_used_up_budget_auto_takes_the_local_lane(make: Make, db: sa.Engine, space: registry.Space) -> None:
     charge(db, space, "5")
     twin = read_models(

@@ -32,7 +32,7 @@ from chunkmill.errors import (
 from chunkmill.ledger.jobs import jobs, recover
 from chunkmill.monitor.servers import read_status
 from chunkmill.settings import Settings
-from chunkmill.spaces import collections
+from chunkmill.spaces import collections, names
 from tests.integration.hands import Hands
 from tests.support import reembeddings
 from tests.support.waiting import until
@@ -85,6 +85,34 @@ Kind = Callable[[sa.Engine], "contextmanager[orm.Session]"]
 @pytest.fixture
 def deliverer(client: Client, db: sa.Engine, settings: Settings) -> Deliverer:
     return Deliverer(db, settings, client._ring)
+
+
+@contextmanager
+def before_statement(engine: sa.Engine, number: int, do: Callable[[], object]) -> Iterator[list[str]]:
+    """Do something in a thread before the statement ``number`` that a connection of this engine runs. The statement
+    comes when it is done, or when it waits for a lock. Yields the statements."""
+    seen: list[str] = []
+    thread = threading.Thread(target=do)
+    own_thread = threading.get_ident()
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    watcher = sa.create_engine(engine.url)
+
+    def look(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        if threading.get_ident() != own_thread:
+            return
+        seen.append(statement)
+        if len(seen) == number:
+            thread.start()
+            until(lambda: not thread.is_alive() or one(watcher, waits) == 1)
+
+    sa.event.listen(engine, "before_cursor_execute", look)
+    try:
+        yield seen
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", look)
+        if thread.ident is not None:
+            thread.join()
+        watcher.dispose()
 
 
 def one(db: sa.Engine, query: str) -> object:
@@ -249,18 +277,43 @@ def test_two_with_one_key_at_once_are_one_job(
     assert one(db, "SELECT count(*) FROM jobs") == 1
 
 
-def test_an_old_snapshot_that_cannot_see_the_keys_job_loses_no_chunk(
-    own: sa.Engine, client: Client, deliverer: Deliverer
+@pytest.mark.parametrize("is_delivered", [True, False])
+def test_an_old_snapshot_finds_the_job_of_a_key_that_it_cannot_see(
+    is_delivered: bool, own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
 ) -> None:
     with own.connect().execution_options(isolation_level="REPEATABLE READ") as conn:
         conn.execute(sa.text("SELECT 1 FROM pg_class LIMIT 1"))
-        first = client.enqueue(CHUNKS, collection="docs", idempotency_key="k")
-        second = client.enqueue([("c", "text c")], collection="docs", idempotency_key="k", within=conn)
+        with connection(own) as newer:
+            first = client.enqueue(CHUNKS, collection="docs", idempotency_key="k", within=newer)
+            client.enqueue(CHUNKS, collection="docs", idempotency_key="other", within=newer)
+            newer.commit()
+        if is_delivered:
+            deliverer.round()
+        assert client.enqueue(CHUNKS, collection="docs", idempotency_key="k", within=conn).id == first.id
+        with pytest.raises(InvalidInput, match="enqueued other chunks"):
+            client.enqueue([("c", "text c")], collection="docs", idempotency_key="k", within=conn)
+        fresh = client.enqueue([("c", "text c")], collection="docs", idempotency_key="new", within=conn)
         conn.commit()
+    deliverer.round()
+    assert [job.id for job in client.jobs()] == [fresh.id, first.id + 1, first.id]
+
+
+def test_a_job_whose_key_another_one_has_got_meanwhile_loses_no_chunk(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    """A producer of the last release does not look into the outbox."""
+    with connection(own) as conn:
+        second = client.enqueue([("c", "text c")], collection="docs", idempotency_key="k", within=conn)
+        kept = client.enqueue([("d", "text d")], collection="docs", idempotency_key="own", within=conn)
+        conn.commit()
+    first = client.enqueue(CHUNKS, collection="docs", idempotency_key="earlier")
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE jobs SET idempotency_key = 'k' WHERE id = :id"), {"id": first.id})
     deliverer.round()
     assert client.job(second.id).idempotency_key is None
     assert client.job(first.id).idempotency_key == "k"
-    assert client.get("docs", ["c"])
+    assert client.job(kept.id).idempotency_key == "own"
+    assert set(client.get("docs", ["c", "d"])) == {"c", "d"}
 
 
 def test_who_delivers_may_die_and_the_next_one_goes_on(
@@ -541,3 +594,303 @@ def test_what_is_no_transaction_of_this_database_is_refused(
         refused(conn, "another database")
     elsewhere.dispose()
     assert one(db, "SELECT count(*) FROM outbox_jobs") == 0
+
+
+# --- a delivery between any two statements of somebody else --------------------------------------------------------
+
+
+def _with_key(client: Client, key: str, job_id: int) -> int:
+    with client._db.begin() as conn:
+        job = jobs.with_key(conn, key)
+    assert job is not None
+    return job.id
+
+
+def _other_chunks(client: Client, key: str, job_id: int) -> int:
+    with pytest.raises(InvalidInput, match="enqueued other chunks"):
+        client.enqueue(CHUNKS[:1], collection="docs", idempotency_key=key)
+    return job_id
+
+
+LOOKS: dict[str, Callable[[Client, str, int], int]] = {
+    "enqueue": lambda client, key, _: client.enqueue(CHUNKS, collection="docs", idempotency_key=key).id,
+    "other chunks": _other_chunks,
+    "with_key": _with_key,
+    "job": lambda client, _, job_id: client.job(job_id).id,
+    "explain": lambda client, _, job_id: client.explain(job_id).job_id,
+    "retry": lambda client, _, job_id: client.retry(job_id).id,
+    "attempts": lambda client, _, job_id: len(client.attempts(job_id)) + job_id,
+    "cancel": lambda client, _, job_id: client.cancel(job_id).id,
+    "jobs": lambda client, _, job_id: next(job.id for job in client.jobs() if job.id == job_id),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_finds_a_job_that_is_delivered_at_that_moment(
+    look: str, own: sa.Engine, client: Client, deliverer: Deliverer, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    number, seen = 0, list[str]()
+    while len(seen) >= number:  # until the call has fewer statements
+        number += 1
+        with connection(own) as conn:
+            job = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key=f"k{number}")
+            client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key=f"other{number}")
+            conn.commit()
+        with before_statement(client._db, number, deliverer.round) as seen:
+            assert LOOKS[look](client, f"k{number}", job.id) == job.id, seen
+        deliverer.round()
+    assert number > 3
+    assert [record.message for record in caplog.records if record.name == outbox.__name__] == []
+
+
+def test_a_second_transaction_finds_the_job_of_its_key_that_is_delivered_at_that_moment(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    for engine in (own, client._db):
+        number, seen = 0, list[str]()
+        while len(seen) >= number:
+            number += 1
+            key = f"k{engine is own}{number}"
+            with connection(own) as conn:
+                job = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key=key)
+                client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key=f"other {key}")
+                conn.commit()
+            with connection(own) as second:
+                with before_statement(engine, number, deliverer.round) as seen:
+                    again = client.enqueue(CHUNKS, collection="docs", within=second, idempotency_key=key)
+                assert again.id == job.id, seen
+                second.commit()
+            deliverer.round()
+        assert number > 4
+    assert one(db, "SELECT count(*) FROM outbox_jobs") == 0
+
+
+@pytest.mark.parametrize("key", ["k", None])
+def test_who_comes_late_to_a_delivery_does_nothing_and_says_nothing(
+    key: str | None,
+    own: sa.Engine,
+    client: Client,
+    deliverer: Deliverer,
+    db: sa.Engine,
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    late = Deliverer(client._db, settings, lambda _: None)
+    with connection(own) as conn:
+        other = client.enqueue([("z", "text z")], collection="other", within=conn, idempotency_key="other")
+        conn.commit()
+    number, seen = 0, list[str]()
+    while len(seen) >= number:  # until the delivery has fewer statements
+        number += 1
+        with connection(own) as conn:
+            job = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key=key and f"{key}{number}")
+            conn.commit()
+        with before_statement(client._db, number, deliverer.round) as seen:
+            late.round()
+        deliverer.round()
+        assert (client.job(job.id).state, client.job(job.id).chunks) == (JobState.RUNNING, 2), seen
+    assert (client.job(other.id).state, client.job(other.id).chunks) == (JobState.RUNNING, 1)
+    assert number > 10
+    assert one(db, "SELECT count(*) FROM outbox_jobs") == 0
+    assert [record.message for record in caplog.records if record.name.startswith("chunkmill")] == []
+
+
+def test_who_comes_to_a_delivery_after_the_job_was_pruned_makes_no_empty_job_of_it(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, settings: Settings, hands: Hands
+) -> None:
+    late = Deliverer(client._db, settings, lambda _: None)
+
+    def deliver_and_prune() -> None:
+        deliverer.round()
+        hands.work()
+        with db.begin() as conn:
+            conn.execute(sa.text("UPDATE jobs SET finished_at = finished_at - interval '9 days'"))
+        client.prune(1)
+
+    for number in range(1, 8):  # until the late one has opened the job
+        with connection(own) as conn:
+            client.enqueue(CHUNKS, collection="docs", within=conn)
+            client.enqueue([("z", "text z")], collection="other", within=conn, idempotency_key=f"k{number}")
+            conn.commit()
+        with before_statement(late._db, number, deliver_and_prune) as seen:
+            late.round()
+        assert [job.id for job in client.jobs() if job.chunks == 0] == [], seen
+
+
+def test_a_delivery_waits_for_no_transaction_that_has_come_again_with_its_key(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    with db.begin() as conn:  # so that a build in which it waits does not hang
+        conn.execute(sa.text(f"ALTER DATABASE {db.url.database} SET lock_timeout = '20s'"))
+    db.dispose()
+    with connection(own) as conn:
+        jobs_of_it = [client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key=key) for key in "kl"]
+        jobs_of_it.append(client.enqueue(CHUNKS, collection="other", within=conn))
+        conn.commit()
+    with connection(own) as open_one:
+        assert client.enqueue(CHUNKS, collection="docs", within=open_one, idempotency_key="k").id == jobs_of_it[0].id
+        assert deliverer.round() == 3
+        open_one.rollback()
+    assert {client.job(job.id).state for job in jobs_of_it} == {JobState.RUNNING}
+
+
+# --- keys of jobs that ended in the outbox, or whose producer died ---------------------------------------------------
+
+
+@pytest.mark.parametrize("is_delivered", [False, True])
+@pytest.mark.parametrize("is_within", [False, True])
+def test_the_key_of_a_job_that_was_cancelled_in_the_outbox_stays_with_it_as_that_of_any_other(
+    is_within: bool, is_delivered: bool, own: sa.Engine, client: Client, deliverer: Deliverer
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key="k")
+        kept = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key="kept")
+        conn.commit()
+    cancelled = client.cancel(job.id)
+    assert (cancelled.state, cancelled.idempotency_key) == (JobState.CANCELLED, "k")
+    if is_delivered:
+        deliverer.round()
+    with connection(own) as conn:
+        within = conn if is_within else None
+        with pytest.raises(InvalidInput, match="cancelled before all of its chunks"):
+            client.enqueue(CHUNKS, collection="docs", idempotency_key="k", within=within)
+        assert client.enqueue(CHUNKS, collection="docs", idempotency_key="kept", within=within).id == kept.id
+        conn.commit()
+    with pytest.raises(InvalidInput, match="never enqueued to its end"):
+        client.retry(job.id)
+    deliverer.round()
+    assert client.job(job.id).state is JobState.CANCELLED
+    assert client.job(kept.id).state is JobState.RUNNING
+
+
+def test_a_cancelled_job_is_taken_out_without_an_error_also_if_it_could_not_be_enqueued(
+    own: sa.Engine, client: Client, deliverer: Deliverer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        kept = client.enqueue(CHUNKS, collection="other", within=conn)
+        conn.commit()
+    client.enqueue([("z", "text z")], collection="docs", precision="int8")
+    client.cancel(job.id)
+    assert deliverer.round() == 2
+    assert [client.job(number).state for number in (job.id, kept.id)] == [JobState.CANCELLED, JobState.RUNNING]
+    assert [record.message for record in caplog.records if record.name == outbox.__name__] == []
+
+
+def test_a_job_in_the_outbox_that_is_retried_stays_as_it_is(
+    own: sa.Engine, client: Client, deliverer: Deliverer
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        kept = client.enqueue(CHUNKS, collection="docs", within=conn)
+        conn.commit()
+    assert client.retry(job.id) == job
+    assert deliverer.round() == 2
+    assert [client.job(number).state for number in (job.id, kept.id)] == [JobState.RUNNING] * 2
+
+
+@pytest.mark.parametrize("is_within", [False, True])
+def test_the_key_of_a_job_whose_collection_was_dropped_is_free_at_once(
+    is_within: bool, own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, hands: Hands
+) -> None:
+    """Also if who dropped it has died before it took the keys from the jobs."""
+    keys = ["sealed", "open"]
+    old = [client.enqueue(CHUNKS, collection="docs", idempotency_key=key) for key in keys]
+    other = client.enqueue(CHUNKS, collection="other", idempotency_key="other")
+    hands.work()
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE jobs SET sealed_at = NULL, state = 'failed' WHERE id = :id"), {"id": old[1].id})
+        names.drop(conn, "docs")
+    with connection(own) as conn:
+        within = conn if is_within else None
+        new = [client.enqueue(CHUNKS, collection="docs", idempotency_key=key, within=within).id for key in keys]
+        assert client.enqueue(CHUNKS, collection="other", idempotency_key="other", within=within).id == other.id
+        conn.commit()
+    deliverer.round()
+    assert not set(new) & {job.id for job in old}
+    assert [client.job(number).idempotency_key for number in new] == keys
+    assert [client.job(job.id).idempotency_key for job in old] == [None, None]
+    assert set(client.get("docs", ["a", "b"])) == {"a", "b"}
+
+
+def test_what_a_dead_producer_left_out_is_no_failure_once_a_transaction_completes_it(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, settings: Settings
+) -> None:
+    small = settings.model_copy(update={"enqueue_window": 1, "chunk_batch_size": 1})
+
+    def die(key: str) -> int:
+        def chunks() -> Iterator[tuple[str, str]]:
+            yield ("a", "text a")
+            raise KeyboardInterrupt
+
+        narrow = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(small), small)
+        with narrow, pytest.raises(KeyboardInterrupt):
+            narrow.enqueue(chunks(), collection="docs", idempotency_key=key, on_invalid="skip")
+        with db.begin() as conn:
+            (job_id,) = recover.fail_abandoned(conn)
+        return job_id
+
+    job_id, cancelled, untouched = die("k"), die("l"), die("m")
+    assert client.job(job_id).state is JobState.FAILED
+    with connection(own) as conn:
+        for key, number in (("k", job_id), ("l", cancelled)):
+            assert client.enqueue(CHUNKS, collection="docs", idempotency_key=key, within=conn).id == number
+        conn.commit()
+    assert client.job(job_id).state is JobState.ENQUEUEING
+    with pytest.raises(WaitTimeout):
+        client.wait(job_id, timeout=0)
+    assert client.retry(job_id).state is JobState.ENQUEUEING
+    assert client.cancel(cancelled).state is JobState.CANCELLED
+    deliverer.round()
+    assert [(client.job(number).state, client.job(number).idempotency_key) for number in (job_id, cancelled)] == [
+        (JobState.RUNNING, "k"), (JobState.CANCELLED, "l"),
+    ]  # fmt: skip
+    assert client.job(untouched).state is JobState.FAILED
+
+
+def test_a_key_that_comes_again_while_its_job_is_half_delivered_must_have_the_same_chunks(
+    own: sa.Engine, client: Client, settings: Settings, db: sa.Engine
+) -> None:
+    narrow = settings.model_copy(update={"enqueue_window": 1, "chunk_batch_size": 1})
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key="k")
+        conn.commit()
+
+    class Died(BaseException):
+        pass
+
+    def die(_: sa.Connection) -> None:
+        raise Died
+
+    with pytest.raises(Died):
+        Deliverer(db, narrow, die).round()
+    with connection(own) as conn:
+        for within in (None, conn):
+            with pytest.raises(InvalidInput, match="enqueued other chunks"):
+                client.enqueue([("x", "text x")], collection="docs", idempotency_key="k", within=within)
+            assert client.enqueue(CHUNKS, collection="docs", idempotency_key="k", within=within).id == job.id
+        conn.commit()
+    assert Deliverer(db, narrow, client._ring).round() == 1
+    assert client.job(job.id).chunks == 2
+    assert not client.get("docs", ["x"])
+
+
+def test_a_key_finds_its_job_in_the_outbox_by_every_name_of_the_collection(
+    own: sa.Engine, client: Client, deliverer: Deliverer
+) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    client.enqueue(CHUNKS, collection="other")
+    client.set_alias("current", "docs")
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="current", within=conn, idempotency_key="k")
+        conn.commit()
+    with connection(own) as conn:
+        for within in (None, conn):
+            assert client.enqueue(CHUNKS, collection="docs", within=within, idempotency_key="k").id == job.id
+            with pytest.raises(InvalidInput, match="another collection"):
+                client.enqueue(CHUNKS, collection="other", within=within, idempotency_key="k")
+        conn.commit()
+    deliverer.round()
+    assert client.job(job.id).collection == "docs"

@@ -169,24 +169,27 @@ def _require_same_stream(
 ) -> None:
     """Raise :class:`InvalidInput` if the job of the key was enqueued with other chunks."""
     with conn.begin():
-        kept = streams.digest_of(conn, job.id)
-        if kept is None and outbox.is_kept(conn):
-            kept = outbox.digest_of(conn, job.id)
+        # The outbox first: what is delivered between the two looks is seen by the second one.
+        in_outbox = outbox.digest_of(conn, job.id) if outbox.is_kept(conn) else None
+        kept = streams.digest_of(conn, job.id) or in_outbox
+    require_same_chunks(request, job.id, kept, prepared)
+
+
+def require_same_chunks(
+    request: EnqueueRequest, job_id: int, kept: bytes | None, prepared: Iterable[PreparedChunk | InvalidChunk]
+) -> None:
+    """Raise :class:`InvalidInput` if the job of the request's key has other chunks. ``kept`` is their digest, and None
+    for a job of an older release."""
     if kept is None:
-        return  # a job of an older release
+        return
     digest = StreamDigest()
     for _ in digested(prepared, digest):
         pass
     if digest.digest() != kept:
-        raise other_chunks(request.idempotency_key, job.id)
-
-
-def other_chunks(idempotency_key: str | None, job_id: int) -> InvalidInput:
-    """The error about a key that comes again with other chunks."""
-    return InvalidInput(
-        f"idempotency_key {idempotency_key!r} belongs to job {job_id}, which enqueued other chunks: an id, "
-        "a text or a metadata object differs. Nothing was written. Use a key of its own for each enqueue."
-    )
+        raise InvalidInput(
+            f"idempotency_key {request.idempotency_key!r} belongs to job {job_id}, which enqueued other chunks: an id, "
+            "a text or a metadata object differs. Nothing was written. Use a key of its own for each enqueue."
+        )
 
 
 def digested(
@@ -208,7 +211,11 @@ def _open(
     that is complete without a chunk.
     """
     with conn.begin():
-        if request.idempotency_key is not None and outbox.is_kept(conn):
+        if request.job_id is not None:
+            # Its key is its own already. The lock of the key may be held by a producer's open transaction, for which
+            # no delivery waits.
+            outbox.hold(conn, request.job_id)
+        elif request.idempotency_key is not None and outbox.is_kept(conn):
             outbox.lock_key(conn, request.idempotency_key)  # the first lock, because a producer's own one may take long
         space = registry.register_and_hold(conn, request.spec, storage=request.storage)
         job = _existing(conn, request, space)
@@ -263,6 +270,8 @@ def _existing(conn: sa.Connection, request: EnqueueRequest, space: Space) -> job
         return jobs.of_id(conn, request.job_id)
     if request.idempotency_key is None:
         return None
+    # The outbox first: a job that is delivered between the two looks is seen by the second one.
+    held = outbox.of_key(conn, request.idempotency_key) if outbox.is_kept(conn) else None
     job = jobs.of_key(
         conn,
         request.idempotency_key,
@@ -271,19 +280,20 @@ def _existing(conn: sa.Connection, request: EnqueueRequest, space: Space) -> job
         on_long=request.on_long,
         is_hidden=request.is_hidden,
     )
-    if job is not None or not outbox.is_kept(conn):
+    if held is None or (job is not None and job.is_sealed):
         return job
-    held = outbox.of_key(conn, request.idempotency_key)
-    if held is None:
-        return None
-    require_same_request(held, request)
-    # Nothing is left to enqueue: all its chunks are in the outbox.
+    require_same_request(conn, held, request)
+    # Nothing is left to enqueue: all its chunks are in the outbox, also if they are being delivered.
     return jobs.OpenedJob(held.job_id, JobState.ENQUEUEING, request.choice.route, is_new=False, is_sealed=True)
 
 
-def require_same_request(held: outbox.KeyedEntry, request: EnqueueRequest) -> None:
-    """Raise :class:`InvalidInput` if the job in the outbox that has the key of the request asked for something else."""
-    asked = (request.collection, request.spec.fingerprint, request.on_long)
+def require_same_request(conn: sa.Connection, held: outbox.KeyedEntry, request: EnqueueRequest) -> None:
+    """Raise :class:`InvalidInput` if the job in the outbox that has the key of the request asked for something else.
+    Two names of one collection ask for the same."""
+    collection = request.collection
+    if collection != held.collection and (named := collections.resolve(conn, collection)) is not None:
+        collection = held.collection if named == collections.resolve(conn, held.collection) else collection
+    asked = (collection, request.spec.fingerprint, request.on_long)
     if asked != (held.collection, held.fingerprint, held.on_long):
         raise InvalidInput(
             f"idempotency_key {request.idempotency_key!r} belongs to job {held.job_id}, which enqueued into another "

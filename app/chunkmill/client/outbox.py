@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 
 import psycopg
 import sqlalchemy as sa
 
-from chunkmill.client.enqueue import EnqueueRequest, digested, enqueue, other_chunks, require_same_request
+from chunkmill.client.enqueue import EnqueueRequest, digested, enqueue, require_same_chunks, require_same_request
 from chunkmill.client.transactions import DATABASE, OuterTransaction
 from chunkmill.db import home
 from chunkmill.db.connect import open_alone, raw
@@ -85,16 +87,15 @@ def enqueue_within(
         prepared = prepare_or_skip(chunks) if request.skip_invalid else prepare_all(chunks)
         if request.idempotency_key is not None and digest is not None:
             transaction.rows(statements.lock_key, {"lock": KEY_LOCK, "key": request.idempotency_key})
-            held = transaction.rows(statements.entry_of_key, {"key": request.idempotency_key})
-            opened = transaction.rows(statements.job_of_key, {"key": request.idempotency_key})
-            if opened and not held:
-                job_id = int(opened[0][0])
-                if _is_sealed(db, request, job_id, prepared):
-                    return job_id  # otherwise its producer died, and this transaction completes its enqueue
-            elif held:
-                _require_same(request, outbox.held(held[0]), prepared)
-                # Nobody else sees the job yet if this very transaction has written it.
-                return outbox.as_job(transaction.rows(statements.job, {"job_id": held[0][0]})[0])
+            # What this very transaction has written is seen by nobody else, and it may see nothing new itself.
+            own = transaction.rows(statements.entry_of_key, {"key": request.idempotency_key})
+            found = _found(db, request, outbox.held(own[0]) if own else None)
+            if found is not None and found.has_all:
+                require_same_chunks(request, found.job_id, found.digest, prepared)
+                undelivered = transaction.rows(statements.job, {"job_id": found.job_id})
+                return found.job_id if found.is_sealed or not undelivered else outbox.as_job(undelivered[0])
+            if found is not None:
+                job_id = found.job_id  # its producer died, and this transaction completes its enqueue
             prepared = digested(prepared, digest)
         entry = OutboxEntry(
             job_id=job_id,
@@ -122,12 +123,24 @@ def enqueue_within(
         return outbox.as_job(transaction.rows(statements.job, {"job_id": job_id})[0])
 
 
-def _is_sealed(
-    db: sa.Engine, request: EnqueueRequest, job_id: int, prepared: Iterable[PreparedChunk | InvalidChunk]
-) -> bool:
-    """Whether the job of the key was enqueued to its end, with the same chunks. Raises :class:`InvalidInput` if it had
-    others, or asked for something else."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The job that has the key of a request already."""
+
+    job_id: int
+    digest: bytes | None
+    is_sealed: bool
+    has_all: bool
+    """All its chunks are in the ledger or in the outbox."""
+
+
+def _found(db: sa.Engine, request: EnqueueRequest, own: KeyedEntry | None) -> _Found | None:
+    """The job of the request's key, if there is one. ``own`` is the one that the producer's transaction sees in the
+    outbox. Raises :class:`InvalidInput` if it asked for something else."""
+    assert request.idempotency_key is not None  # noqa: S101
     with db.begin() as conn:
+        # The outbox first: a job that is delivered between the two looks is seen by the second one.
+        held = own or outbox.of_key(conn, request.idempotency_key)
         space = registry.find(conn, request.spec.fingerprint)
         job = jobs.of_key(
             conn,
@@ -136,25 +149,12 @@ def _is_sealed(
             space_id=0 if space is None else space.id,
             on_long=request.on_long,
         )
-        kept = streams.digest_of(conn, job_id)
-    if job is None or not job.is_sealed:
-        return False
-    if kept is not None and _digest_of(prepared) != kept:
-        raise other_chunks(request.idempotency_key, job_id)
-    return True
-
-
-def _require_same(request: EnqueueRequest, held: KeyedEntry, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
-    require_same_request(held, request)
-    if _digest_of(prepared) != held.digest:
-        raise other_chunks(request.idempotency_key, held.job_id)
-
-
-def _digest_of(prepared: Iterable[PreparedChunk | InvalidChunk]) -> bytes:
-    digest = StreamDigest()
-    for _ in digested(prepared, digest):
-        pass
-    return digest.digest()
+        if job is not None and job.is_sealed:
+            return _Found(job.id, streams.digest_of(conn, job.id), is_sealed=True, has_all=True)
+        if held is not None:
+            require_same_request(conn, held, request)
+            return _Found(held.job_id, held.digest, is_sealed=False, has_all=True)
+        return None if job is None else _Found(job.id, None, is_sealed=False, has_all=False)
 
 
 def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[PreparedChunk | InvalidChunk]]:
@@ -185,12 +185,16 @@ def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[Pr
 def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[sa.Connection], None]) -> bool:
     """Enqueue the chunks of a job in the outbox, and take it out. False if another process is at it, or has done it.
 
+    A job that was cancelled is only taken out.
+
     It may die at any moment: whoever delivers the job next goes on in the same job. An error that will not pass ends
     the job as failed, with the reason; any other one is raised, and the job stays in the outbox. What only this process
     lacks is raised too: a setting of its environment, or the release that can read a space.
     """
     with db.begin() as conn:
-        entry = outbox.read(conn, job_id)
+        entry, job = outbox.read(conn, job_id), jobs.of_id(conn, job_id)
+        if job is not None and job.state is JobState.CANCELLED:
+            return outbox.delete(conn, job_id)
     if entry is None:
         return False
     request = EnqueueRequest(
@@ -213,23 +217,28 @@ def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[s
     except ChunkmillError as error:
         if error.retryable or isinstance(error, OWN_LACKS):
             raise
-        logger.error("job %s of the outbox cannot be enqueued: %s", job_id, error)  # noqa: TRY400 - the message says it
         with db.begin() as conn:
-            _fail(conn, entry, reason_of(error))
-        return True
+            is_ours = _fail_if_undelivered(conn, entry, reason_of(error))
+        if is_ours:
+            logger.error("job %s of the outbox cannot be enqueued: %s", job_id, error)  # noqa: TRY400 - it is said
+        return is_ours
     with db.begin() as conn:
         job = jobs.of_id(conn, job_id)
         is_over = job is not None and (job.is_sealed or job.state is JobState.CANCELLED)
-        if is_over:
-            outbox.delete(conn, job_id)
-    return is_over
+        return is_over and outbox.delete(conn, job_id)
 
 
 def open_if_undelivered(conn: sa.Connection, job_id: int) -> None:
-    """Open a job that is still in the outbox, with none of its chunks, so that it can be cancelled."""
-    entry = outbox.read(conn, job_id) if outbox.is_kept(conn) and jobs.of_id(conn, job_id) is None else None
-    if entry is not None:
-        _open(conn, entry)
+    """Open a job that is still in the outbox, with none of its chunks, so that it can be cancelled. It has its key, as
+    any job that is cancelled before all of its chunks were enqueued."""
+    entry = outbox.read(conn, job_id) if outbox.is_kept(conn) else None
+    if entry is None:
+        return
+    job = jobs.of_id(conn, job_id)
+    if job is None:
+        _open(conn, entry, entry.idempotency_key)
+    elif job.state is JobState.FAILED:  # another producer died, and the delivery would go on in its job
+        jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
 
 
 def _items(db: sa.Engine, job_id: int) -> Iterator[object]:
@@ -244,31 +253,36 @@ def _items(db: sa.Engine, job_id: int) -> Iterator[object]:
         number += 1
 
 
-def _fail(conn: sa.Connection, entry: OutboxEntry, error: str) -> None:
-    """End the job as failed, so that whoever waits for it hears why."""
+def _fail_if_undelivered(conn: sa.Connection, entry: OutboxEntry, error: str) -> bool:
+    """End the job as failed, so that whoever waits for it hears why. Its key is free. False if another process has
+    taken it out of the outbox meanwhile: then the error is none of the job's."""
+    if not outbox.delete(conn, entry.job_id):
+        return False
     if jobs.of_id(conn, entry.job_id) is None:
-        _open(conn, entry)
+        _open(conn, entry, None)
     jobs.fail_if_enqueueing(conn, entry.job_id, error)
-    outbox.delete(conn, entry.job_id)
+    return True
 
 
-def _open(conn: sa.Connection, entry: OutboxEntry) -> None:
+def _open(conn: sa.Connection, entry: OutboxEntry, idempotency_key: str | None) -> None:
     """Open the job of an entry, whether or not its collection can take its chunks."""
     space = registry.register_and_hold(conn, entry.spec, storage=entry.storage)
     collection = collections.resolve(conn, entry.collection)
     if collection is None:
         collection = collections.lock_for_enqueue(conn, entry.collection, space)
-    jobs.open_job(
+    open_job = partial(
+        jobs.open_job,
         conn,
         collection=collections.Collection(collection.id, collection.name, space.id),
         route=entry.route,
         priority=entry.priority,
         on_long=entry.on_long,
-        idempotency_key=None,
         choice=entry.choice,
         deadline=entry.deadline,
         job_id=entry.job_id,
     )
+    if open_job(idempotency_key=idempotency_key) is None:
+        open_job(idempotency_key=None)  # another job has got the key; if this one was opened, nothing happens
 
 
 class Deliverer:

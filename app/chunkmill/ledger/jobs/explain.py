@@ -21,11 +21,15 @@ LOOKED_AT = 20
 
 def explain(conn: sa.Connection, job_id: int) -> Explanation:
     """Explain where a job is embedded and what it waits for. Raises :class:`NotFound`."""
-    job = conn.execute(
-        sa.text("SELECT state, route, deadline, routing FROM jobs WHERE id = :id"), {"id": job_id}
-    ).one_or_none()
+    query, parameters = sa.text("SELECT state, route, deadline, routing FROM jobs WHERE id = :id"), {"id": job_id}
+    job = conn.execute(query, parameters).one_or_none()
     if job is None:
-        return _undelivered(conn, job_id)
+        undelivered = _undelivered(conn, job_id)
+        if undelivered is not None:
+            return undelivered
+        job = conn.execute(query, parameters).one_or_none()  # it may have been delivered in between
+    if job is None:
+        raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
     lanes = {lane.route: lane for lane in provider_lanes.lanes(conn)}
     work, provider_batches = _open_work(conn, job_id), _provider_batches(conn, job_id)
     return Explanation(
@@ -41,11 +45,11 @@ def explain(conn: sa.Connection, job_id: int) -> Explanation:
     )
 
 
-def _undelivered(conn: sa.Connection, job_id: int) -> Explanation:
-    """Explain a job that is in the outbox."""
+def _undelivered(conn: sa.Connection, job_id: int) -> Explanation | None:
+    """Explain a job that is in the outbox; None if it is not."""
     entry = outbox.read(conn, job_id) if outbox.is_kept(conn) else None
     if entry is None:
-        raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
+        return None
     waits = outbox.WAITS if outbox.is_late(conn, job_id) else outbox.WAITS.partition(":")[0]
     lanes = tuple(provider_lanes.lanes(conn))
     return Explanation(job_id, JobState.ENQUEUEING, entry.route, entry.deadline, (), (), (waits,), lanes, ())

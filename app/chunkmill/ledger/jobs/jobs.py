@@ -191,7 +191,9 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
 
 
 def is_key_used(conn: sa.Connection, idempotency_key: str) -> bool:
-    """Whether the key has a job."""
+    """Whether the key has a job. It may be in the outbox."""
+    if outbox.is_kept(conn) and outbox.of_key(conn, idempotency_key) is not None:
+        return True
     query = "SELECT EXISTS (SELECT FROM jobs WHERE idempotency_key = :key)"
     return bool(conn.execute(sa.text(query), {"key": idempotency_key}).scalar_one())
 
@@ -224,9 +226,9 @@ def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> bool:
 def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bool:
     """Make available again, with fresh attempts, what a failed or cancelled job left without a vector.
 
-    Returns False if the job is neither, or was never enqueued to its end. ``attempt`` counts on, because it is the
-    fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the job's collection has left
-    the job's space since, or was dropped: nobody would find what the job embeds.
+    Returns False if the job is neither, is in the outbox, or was never enqueued to its end. ``attempt`` counts on,
+    because it is the fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the collection
+    has left the job's space since, or was dropped: nobody would find what the job embeds.
     """
     # The lock keeps everyone from moving the collection until the job can be seen to run.
     lock = """
@@ -236,7 +238,9 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
         WHERE j.id = :id
         FOR SHARE OF c
     """
-    collection = conn.execute(sa.text(lock), {"id": job_id}).one()
+    collection = conn.execute(sa.text(lock), {"id": job_id}).one_or_none()
+    if collection is None:
+        return False
     reopen = """
         UPDATE jobs
         SET state = :running, error = NULL, finished_at = NULL
@@ -294,8 +298,9 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
 def get(conn: sa.Connection, job_id: int) -> Job:
     """One job with the first of its dead chunks. Raises :class:`NotFound`."""
     rows = _select(conn, [job_id])
-    if not rows:
-        # A producer's own transaction has committed it, and it is not delivered yet. It may be delivered in between.
+    if not rows or (rows[0].state == JobState.FAILED and rows[0].sealed_at is None):
+        # A producer's own transaction has committed it, or what a producer that died has left out, and that is not
+        # delivered yet. It may be delivered in between.
         undelivered = outbox.job(conn, job_id) if outbox.is_kept(conn) else None
         if undelivered is not None:
             return undelivered
@@ -375,10 +380,10 @@ def page(
 def with_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
     """The job that an enqueue with this key created, without its dead chunks."""
     query = "SELECT id FROM jobs WHERE idempotency_key = :key"
+    # The outbox first: a job that is delivered between the two looks is seen by the second one.
+    undelivered = outbox.job_of_key(conn, idempotency_key) if outbox.is_kept(conn) else None
     jobs = _all(conn, conn.execute(sa.text(query), {"key": idempotency_key}).scalars().all())
-    if jobs:
-        return jobs[0]
-    return outbox.job_of_key(conn, idempotency_key) if outbox.is_kept(conn) else None
+    return jobs[0] if jobs else undelivered
 
 
 def space_id(conn: sa.Connection, job_id: int) -> int:

@@ -20,7 +20,7 @@ from chunkmill.domain.results import Job
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import InvalidChunk
+from chunkmill.errors import InvalidChunk, NotFound
 from chunkmill.spaces import registry
 
 OUTBOX_CHANNEL = "chunkmill_outbox"
@@ -74,11 +74,6 @@ class Statements:
         quoted = '"' + schema.replace('"', '""').replace(":", r"\:") + '"'
         self.lock_key = """
             SELECT pg_catalog.pg_advisory_xact_lock(CAST(:lock AS integer), pg_catalog.hashtext(CAST(:key AS text)))
-        """
-        self.job_of_key = f"""
-            SELECT id
-            FROM {quoted}.jobs
-            WHERE idempotency_key = CAST(:key AS text)
         """
         self.entry_of_key = f"""
             SELECT job_id, collection, fingerprint, on_long, digest
@@ -244,9 +239,16 @@ def page(conn: sa.Connection, job_id: int, number: int) -> list[object] | None:
     return None if rows is None else items_of(rows)
 
 
-def delete(conn: sa.Connection, job_id: int) -> None:
-    """Take a job out of the outbox, with its chunks."""
-    conn.execute(sa.text("DELETE FROM outbox_jobs WHERE job_id = :id"), {"id": job_id})
+def hold(conn: sa.Connection, job_id: int) -> None:
+    """Keep a job in the outbox until the end of this transaction. Raises :class:`NotFound` if it is not there."""
+    query = "SELECT FROM outbox_jobs WHERE job_id = :id FOR UPDATE"
+    if conn.execute(sa.text(query), {"id": job_id}).one_or_none() is None:
+        raise NotFound(f"job {job_id} is not in the outbox. Another process has delivered it.")
+
+
+def delete(conn: sa.Connection, job_id: int) -> bool:
+    """Take a job out of the outbox, with its chunks. False if another process has done it."""
+    return conn.execute(sa.text("DELETE FROM outbox_jobs WHERE job_id = :id"), {"id": job_id}).rowcount == 1
 
 
 def lock_key(conn: sa.Connection, idempotency_key: str) -> None:
