@@ -600,14 +600,85 @@ def test_a_question_that_another_worker_took_over_is_not_asked_any_more(stage: S
 def test_a_question_that_is_asked_again_books_what_the_first_may_have_cost(stage: Scene) -> None:
     asked = ask(stage, list(stage.texts(2).values()))
     with stage.corridor.db.begin() as conn:  # a worker that was killed while it asked
+        conn.execute(
+            sa.text("""
+                UPDATE embed_requests
+                SET attempts = 1, lease_until = now() - interval '1 s', committed_tokens = 9
+            """)
+        )
+
+    assert ProviderResponder(stage.corridor.context).answer_next()
+
+    asked.result()
+    assert stage.corridor.rows("SELECT kind, job_id, contents::int, tokens::int FROM adjustments") == [
+        {"kind": "maybe_charged", "job_id": 0, "contents": 2, "tokens": 9}
+    ]
+
+
+def test_a_question_that_nobody_had_sent_books_nothing_when_it_is_asked_again(stage: Scene) -> None:
+    asked = ask(stage, list(stage.texts(2).values()))
+    with stage.corridor.db.begin() as conn:  # a worker that was killed before it sent anything
         conn.execute(sa.text("UPDATE embed_requests SET attempts = 1, lease_until = now() - interval '1 s'"))
 
     assert ProviderResponder(stage.corridor.context).answer_next()
 
     asked.result()
-    assert stage.corridor.rows("SELECT kind, job_id, contents::int FROM adjustments") == [
-        {"kind": "maybe_charged", "job_id": 0, "contents": 2}
-    ]
+    assert stage.corridor.rows("SELECT FROM adjustments") == []
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_answer_to_a_question_is_booked_once_though_the_connection_breaks(
+    stage: Scene, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    """It was paid for: it must neither be asked for again nor booked twice."""
+    transact = stage.corridor.context.transact
+    broken: list[str] = []
+
+    def breaking(work: Callable[[sa.Connection], Any], what: str, **more: Any) -> Any:
+        def once(conn: sa.Connection) -> Any:
+            result = work(conn)
+            if what == "book an answer" and not broken:
+                broken.append(what)
+                if not committed:
+                    conn.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
+            return result
+
+        result = transact(once, what, **more)
+        return transact(work, what, **more) if committed and what in broken else result  # its answer was lost
+
+    monkeypatch.setattr(stage.corridor.context, "transact", breaking)
+    texts = stage.texts(2)
+    asked = ask(stage, list(texts.values()))
+
+    assert ProviderResponder(stage.corridor.context).answer_next()
+
+    assert len(asked.result()) == 2
+    assert broken
+    assert stage.bill(texts) == dict.fromkeys(texts, 1)
+    stage.check_books()
+    assert stage.corridor.rows("SELECT FROM adjustments") == []
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_a_question_learns_the_size_that_a_server_takes(
+    settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest, status: int
+) -> None:
+    with scene(settings, server, request, openai_request_inputs=32) as stage:
+        server.control(max_inputs_per_request=3)
+        if status == 413:
+            server.misbehave("http_error", after=1, where=EMBED, status=413, html=True)
+        for first in (0, 20):
+            texts = stage.texts(12, first=first)
+            asked = ask(stage, list(texts.values()))
+            assert ProviderResponder(stage.corridor.context).answer_next()
+
+            vectors = asked.result()
+            assert all(
+                np.allclose(vector, vector_for(text, DIMENSIONS), atol=1e-6)
+                for vector, text in zip(vectors, texts.values(), strict=True)
+            )
+            assert stage.bill(texts) == dict.fromkeys(texts, 1)
+        stage.check_books()
 
 
 def test_a_question_without_an_answer_is_booked_and_counts_for_the_lane(stage: Scene, server: OpenAIServer) -> None:

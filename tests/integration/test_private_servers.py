@@ -79,5 +79,6 @@ def test_a_server_that_counts_characters_is_booked_with_our_own_count(
             embed_both(made, route, f"characters {route}")
             charged = sum(charge["tokens"] for charge in private.charges()) - charged_before
             assert made.one("SELECT sum(tokens)::int FROM charges") == charged
+            assert made.rows("SELECT kind, tokens::int, reason FROM adjustments") == []
     finally:
         private.control(counts_characters=False)

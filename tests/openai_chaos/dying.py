@@ -54,9 +54,9 @@ def worker() -> None:
     real_lines, real_transact = Provider.lines, ProviderContext.transact
 
     @contextlib.contextmanager
-    def lines(self: Provider, file_id: str) -> Iterator[Iterator[bytes]]:
+    def lines(*given: Any, **more: Any) -> Iterator[Iterator[bytes]]:
         reached("lines:before")
-        with real_lines(self, file_id) as found:
+        with real_lines(*given, **more) as found:
             yield _counted(found)
         reached("lines:after")
 

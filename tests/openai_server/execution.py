@@ -32,6 +32,8 @@ class Outcome:
     completed: int = 0
     failed: int = 0
     tokens: int = 0
+    reported: int = 0
+    """What the batch says of its tokens, which may be something else than is charged."""
     texts: list[str] = field(default_factory=list)
     """Hash of each input that was executed."""
 
@@ -94,7 +96,9 @@ class Execution:
         outcome.completed += 1
         outcome.tokens += tokens
         outcome.texts += [text_hash(text) for text in request.texts]
-        body = embedding_body(request, reported_tokens(request, self.config, tokens), faults)
+        reported = reported_tokens(request, self.config, tokens)
+        outcome.reported += reported
+        body = embedding_body(request, reported, faults)
         self.write_result(results, self.result(custom_id, response(200, body)), faults)
 
     def write_result(self, results: IO[bytes], result: dict[str, Any], faults: Faults) -> None:

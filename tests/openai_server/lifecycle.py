@@ -116,7 +116,7 @@ class Life:
             ran = {"request_counts": counts(plan.lines, outcome.completed, outcome.failed)}
             said = {"code": "server_error", "message": "Something failed.", "line": None, "param": None}
             errors = {"object": "list", "data": [said]}
-            more = {"usage": usage(outcome.tokens)} if wish["usage"] else {}
+            more = {"usage": usage(outcome.reported)} if wish["usage"] else {}
             move(store, batch, ("in_progress",), "failed", {**ran, **more, "errors": errors})
             return
         move(store, batch, ("in_progress",), "finalizing")
@@ -142,7 +142,7 @@ class Life:
         store, batch = self.store, self.batch
         shown: dict[str, Any] = {
             "request_counts": counts(plan.lines, outcome.completed, outcome.failed),
-            "usage": usage(outcome.tokens),
+            "usage": usage(outcome.reported),
         }
         for name, path in (("output", outcome.output), ("error", outcome.errors)):
             empty = path.stat().st_size == 0

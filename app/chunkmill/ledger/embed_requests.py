@@ -331,6 +331,15 @@ def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> No
         )
 
 
+def committed_of(conn: sa.Connection, request: EmbedRequest) -> int | None:
+    """How many tokens are committed for a request. None if the lease was lost, or the schema is an older one."""
+    if not has_columns(conn, "committed_tokens"):
+        return None
+    held = {"id": request.id, "lease_until": request.lease_until}
+    query = "SELECT committed_tokens FROM embed_requests WHERE id = :id AND lease_until = :lease_until FOR UPDATE"
+    return conn.execute(sa.text(query), held).scalar_one_or_none()
+
+
 def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
     """The tokens that are committed for requests without an answer: ``(space_id, route, tokens)`` of each space."""
     if not has_columns(conn, "committed_tokens"):

@@ -19,10 +19,11 @@ from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.openai.catalogue import model_for
 from chunkmill.openai.plan.endings import Isolate, Split
-from chunkmill.openai.plan.limits import most_tokens
+from chunkmill.openai.wire.bounds import believed_tokens
 from chunkmill.openai.wire.status import RemoteBatch
 from chunkmill.spaces import registry
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.oddities import tokens_factor
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +92,20 @@ def book_unanswered(
     provider_losses.book_unanswered(conn, price, step, left, may_have_run=may_have_run, reason=reason)
 
 
+def believed_usage(context: ProviderContext, step: Step, remote: RemoteBatch) -> int | None:
+    """How many tokens the provider charged for the whole batch, if it says so and that can be true of this model."""
+    if remote.used_tokens is None:
+        return None
+    with context.begin() as conn:
+        space = registry.get(conn, step.space_id)
+    said = {"total_tokens": remote.used_tokens}
+    return believed_tokens(said, step.n_tokens, tokens_factor(context.model(space)))[0]
+
+
 def book_doubled(context: ProviderContext, step: Step, other: RemoteBatch) -> None:
     """Book what a second batch of the same file cost, once for each such batch. Its files are deleted."""
-    used = other.used_tokens or (step.n_tokens if other.completed else 0)
-    if not 0 < used <= most_tokens(step.n_tokens):
+    used = believed_usage(context, step, other) or (step.n_tokens if other.completed else 0)
+    if not used:
         return
 
     def book(conn: sa.Connection) -> None:

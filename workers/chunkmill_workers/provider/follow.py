@@ -25,10 +25,9 @@ from chunkmill.openai.plan.endings import (
     backoff,
     poll_pause,
 )
-from chunkmill.openai.plan.limits import most_tokens
 from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.endings import VANISHED, bury, give_up, repack, require_own_key
+from chunkmill_workers.provider.endings import VANISHED, believed_usage, bury, give_up, repack, require_own_key
 from chunkmill_workers.provider.flow import StepDelayed, StepReleased
 from chunkmill_workers.provider.quota import refused_by_quota
 from chunkmill_workers.provider.send import cancel_doubled
@@ -104,13 +103,12 @@ def is_ours(remote: RemoteBatch, step: Step) -> bool:
 def _seen(context: ProviderContext, step: Step, remote: RemoteBatch) -> dict[str, Any]:
     """The columns that say what the provider says of the batch, as far as it can be true."""
     n_done = (remote.completed or 0) + (remote.failed or 0)
-    used = remote.used_tokens if remote.is_terminal else None
     return {
         "provider_status": remote.status,
         "key_digest": context.provider.key_digest,
         "n_done": min(n_done, step.n_requests),
         "n_completed": None if remote.completed is None else min(remote.completed, step.n_requests),
-        "used_tokens": used if used is None or used <= most_tokens(step.n_tokens) else None,
+        "used_tokens": believed_usage(context, step, remote) if remote.is_terminal else None,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
 import numpy as np
@@ -33,6 +33,7 @@ from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.provider.provider_inputs import Unanswered
 from chunkmill.openai.plan.assemble import assemble
+from chunkmill.openai.plan.endings import Alone, after_line_error
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.requests import PlainRequest, first_request
 from chunkmill.openai.wire.answers import Embedded
@@ -171,26 +172,35 @@ class _Question:
             if isinstance(item, RefusedInput):
                 raise ProviderRefused(item.reason, status=400, provider_code=item.code)
             items.append(item)
-        self._commit_money(sum(item.sent_tokens for item in items))
-        if self.request.attempt > 1 and spec.provider == OPENAI:
-            # Whoever had it before may have sent it all, and has not come back.
-            earlier = Unanswered(0, len(items), sum(item.sent_tokens for item in items))
-            with context.begin() as conn:
-                book_unanswered(conn, context, space, [earlier])
+        self._commit_money(items)
         if unproved or len(items) > 1:
             require_answer(context, Route.OPENAI_SYNC, space, again=unproved)
         vectors, number = [], 0
         while items:
             most = context.health.most_inputs(model.name, limits.inputs_per_request)
             part = first_request(items, limits, inputs=most)
-            items = items[len(part.items) :]
-            vectors.append(self._ask(part, number))
+            try:
+                vectors.append(self._ask(part, number))
+            except ProviderRefused as refused:
+                if len(part.items) == 1 or not _is_too_large(refused):
+                    raise
+                context.health.too_large(model.name, part.inputs)
+            else:
+                items = items[len(part.items) :]
             number += 1
         return np.concatenate(vectors)
 
-    def _commit_money(self, tokens: int) -> None:
-        """Let the budget count the question before it is sent. Raises :class:`BudgetExceeded`."""
+    def _commit_money(self, items: Sequence[ProviderInput]) -> None:
+        """Let the budget count the question before it is sent. Raises :class:`BudgetExceeded`.
+
+        What an earlier worker had committed and nobody booked may have been sent by it, and is booked first.
+        """
         context, space = self._context, self._space
+        tokens = sum(item.sent_tokens for item in items)
+        with context.begin() as conn:
+            if left := embed_requests.committed_of(conn, self.request):
+                book_unanswered(conn, context, space, [Unanswered(0, min(len(items), left), left)])
+                embed_requests.commit_tokens(conn, self.request, 0)
         with context.begin() as conn:
             price = charges.price_today(conn, context.model(space))
             usd = price.of(tokens, Route.OPENAI_SYNC) if price else Decimal(0)
@@ -238,18 +248,29 @@ class _Question:
         contents = len(part.items)
         tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
         self._committed -= part.tokens
-        with context.begin() as conn:
+
+        def book(conn: sa.Connection) -> str | None:
             refusal = refuse_model(conn, space.id, asked=model.name, answered=embedded.model)
+            if embed_requests.committed_of(conn, self.request) == self._committed:
+                return refusal  # this is the second run of a commit whose answer was lost
             if refusal is None:
                 book_answer(conn, context, space, contents=contents, tokens=tokens)
             else:
                 lost = Unanswered(0, contents, tokens)
                 book_unanswered(conn, context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
             embed_requests.commit_tokens(conn, self.request, self._committed)
+            return refusal
+
+        refusal = context.transact(book, "book an answer", is_paid=True)
         if refusal is not None:
             context.oddities.count(model, {OTHER_MODEL: 1})
             raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
+
+
+def _is_too_large(refused: ProviderRefused) -> bool:
+    verdict = after_line_error(refused.status, refused.provider_code, str(refused), n_inputs_in_request=2)
+    return isinstance(verdict, Alone) and verdict.too_large
 
 
 _POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}

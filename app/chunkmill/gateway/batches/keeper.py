@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -67,7 +68,11 @@ MODEL_SECONDS: Final = 60.0
 
 EXPIRED: Final = ("batch_expired", "This request could not be executed before the completion window expired.")
 CANCELLED: Final = ("batch_cancelled", "This request was not executed, because the batch was cancelled before.")
-FAULTS_OF_OURS: Final = frozenset({"kills_workers", "damaged_text", "vectors_missing", "not_finite", "out_of_range"})
+FAULTS_OF_OURS: Final = re.compile(
+    "kills_workers|damaged_text|vectors_missing|not_finite|out_of_range"
+    # On the paid routes: nothing usable came back, or the provider's server failed.
+    "|no_answer|bad_vector|other_model|server_error|http_(408|409|424|425|5[0-9]{2})"
+)
 """Codes of dead chunks whose text is not to blame. Those of any other code are refused with the status 400."""
 
 
@@ -420,7 +425,7 @@ def judge(line: Line, inputs: Inputs, dead: DeadInput | None, never: tuple[str, 
             )
         return replace(line, status=OK, code=None, message=None, param=None)
     if dead is not None:
-        status = 500 if dead.code in FAULTS_OF_OURS else 400
+        status = 500 if FAULTS_OF_OURS.fullmatch(dead.code) else 400
         return replace(line, status=status, code=dead.code, message=dead.reason, param=f"input[{dead.position}]")
     if never is not None:
         return replace(line, status=NEVER_EXECUTED, code=never[0], message=never[1], param=None)

@@ -72,11 +72,6 @@ class BatchLimits:
             )
 
 
-def most_tokens(counted: int) -> int:
-    """The most tokens that a provider is believed to charge for what we count as ``counted``."""
-    return 4 * counted + 1_000
-
-
 _LIMIT = re.compile(r"\blimit\b(?: (?:is|of))? ?[:=]? ?([0-9][0-9,._ ]*)", re.IGNORECASE | re.ASCII)
 
 _REQUESTS = re.compile(r"\s*(?:enqueued )?requests\b", re.IGNORECASE)

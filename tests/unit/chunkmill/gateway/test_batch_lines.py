@@ -90,6 +90,14 @@ ENDS: tuple[tuple[Inputs, DeadInput | None, tuple[str, str] | None, tuple[int | 
     (known(0, 1), DEAD, EXPIRED, (200, None)),  # its text got a vector from another job
     (known(0), DEAD, None, (400, "too_long")),
     (known(0), DeadInput(1, "kills_workers", "it kills"), CANCELLED, (500, "kills_workers")),
+    *(
+        (known(0), DeadInput(1, code, "no vector after 5 attempts"), None, (500, code))
+        for code in ("no_answer", "bad_vector", "other_model", "server_error", "http_503", "http_424")
+    ),
+    *(
+        (known(0), DeadInput(1, code, "the provider refused the request"), None, (400, code))
+        for code in ("invalid_request_error", "http_400", "http_422", "content_filter")
+    ),
     (known(0), None, EXPIRED, (0, "batch_expired")),
     (NO_INPUTS, None, CANCELLED, (0, "batch_cancelled")),
     (known(1), None, None, (500, "server_error")),
