@@ -439,6 +439,17 @@ def test_compose_builds_the_targets_that_the_dockerfile_has() -> None:
     assert set(targets.values()) <= set(dockerfile_stages(DOCKERFILE))
 
 
+def test_every_profile_is_named_where_profiles_are_chosen() -> None:
+    """All but the one of the services for single commands, which ``docker compose run`` starts by their names."""
+    compose = yaml.safe_load(COMPOSE)
+    profiles = {p for service in compose["services"].values() for p in service.get("profiles", [])} - {"cli"}
+    running = (ROOT / "docs/running.md").read_text().partition("## With Compose\n")[2].partition("\n| ")[0]
+    example = ENV_EXAMPLE.partition("COMPOSE_PROFILES=")[0].rpartition("\n\n")[2]
+    assert len(profiles) > 3
+    for text in (compose["x-profiles"], running, example):
+        assert profiles - set(re.findall(r"\w+", text)) == set(), text
+
+
 def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] not in ("", "#")]
     assert lines[0] == "*"
