@@ -84,6 +84,17 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             found.append(f"{name} is not restarted")
         if "test" not in service.get("healthcheck", {}):
             found.append(f"{name} has no health check")
+        # After its timeout Docker kills only the shell, and what the shell started goes on.
+        check = service.get("healthcheck", {})
+        kind, *words = check.get("test", ["none"])
+        limits = re.findall(r"timeout -s KILL (\d+) (?:celery|redis-cli) ", str(words))
+        programs = re.findall(r"(?:celery|redis-cli) -", str(words))
+        if kind == "CMD-SHELL" and (
+            len(limits) != len(programs) or any(int(limit) >= seconds(check["timeout"]) for limit in limits)
+        ):
+            found.append(f"{name}'s health check may outlive its timeout")
+        if "celery" in str(words) and seconds(check.get("start_interval", "5s")) < seconds(check["interval"]):
+            found.append(f"{name} is asked every few seconds while it starts")
         if "stop_grace_period" not in service:
             found.append(f"{name} has no time to stop in")
         if name not in {*STORES, "flower"} and service["depends_on"].get("migrate") != {
@@ -258,6 +269,24 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     (
         "worker-cpu's health check asks another worker",
         lambda s: s["worker-cpu"]["healthcheck"].update(test=["CMD", "true"]),
+    ),
+    *[
+        (
+            f"{name}'s health check may outlive its timeout",
+            lambda s, name=name, old=old, new=new: s[name]["healthcheck"].update(  # type: ignore[misc]
+                test=["CMD-SHELL", s[name]["healthcheck"]["test"][1].replace(old, new)]
+            ),
+        )
+        for name in ("worker-cpu", "worker-openai", "redis")
+        for old, new in (("timeout -s KILL ", "nice -n "), ("KILL ", "KILL 1"))
+    ],
+    (
+        "worker-cpu is asked every few seconds while it starts",
+        lambda s: s["worker-cpu"]["healthcheck"].pop("start_interval"),
+    ),
+    (
+        "worker-openai is asked every few seconds while it starts",
+        lambda s: s["worker-openai"]["healthcheck"].update(start_interval="5s"),
     ),
     (
         "poller's health check does not ask this poller",
