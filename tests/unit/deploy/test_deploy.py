@@ -273,7 +273,7 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     *[
         (
             f"{name}'s health check may outlive its timeout",
-            lambda s, name=name, old=old, new=new: s[name]["healthcheck"].update(  # type: ignore[misc]
+            lambda s, name=name, old=old, new=new: s[name]["healthcheck"].update(
                 test=["CMD-SHELL", s[name]["healthcheck"]["test"][1].replace(old, new)]
             ),
         )
