@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -98,3 +100,34 @@ def test_a_worker_that_hangs_is_unhealthy_and_one_without_redis_is_not(
         assert not healthy("worker-openai", tmp_path, env)
     finally:
         worker.popen.send_signal(signal.SIGCONT)
+
+
+def session(leader: int) -> list[int]:
+    """The processes that live in the session which this process leads."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == leader and pid != leader:
+                found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("service", "program"), [("worker-cpu", "celery"), ("worker-openai", "celery"), ("redis", "redis-cli")]
+)
+def test_a_check_that_hangs_ends_by_itself_and_leaves_nothing(service: str, program: str, tmp_path: Path) -> None:
+    """After its timeout Docker kills only the shell of the check, and what the shell started would stay."""
+    hanging = tmp_path / program
+    hanging.write_text("#!/bin/sh\nexec sleep 3600\n")
+    hanging.chmod(0o755)
+    _, command = SERVICES[service]["healthcheck"]["test"]
+    command = re.sub(r"(timeout -s KILL) \d+", r"\1 1", command.replace("$$", "$"))
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOSTNAME": "none", "REDIS_PASSWORD": "none"}
+    check = subprocess.Popen(["/bin/sh", "-c", command], env=env, start_new_session=True)
+    try:
+        assert check.wait(PATIENCE) != 0
+        until(lambda: not session(check.pid), lambda: f"{program} is still there")
+    finally:
+        for pid in [*session(check.pid), *([check.pid] if check.poll() is None else [])]:
+            os.kill(pid, signal.SIGKILL)

@@ -35,7 +35,7 @@ SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
 ONE_SHOT = {"migrate", "cli", "keys", "reader", "roles", "rights"}
 PSQL = {"roles", "rights"}
 """One-shots of Postgres' own image."""
-WORKERS = {"worker", "worker-cpu"}
+WORKERS = {"worker", "worker-cpu", "worker-openai"}
 STORES = {"postgres", "redis"}
 # Signals and settings that end Celery's threads pool in a traceback instead of a drain.
 NOT_A_DRAIN = re.compile(r"SIGQUIT|REMAP_SIGTERM|SOFT_SHUTDOWN", re.IGNORECASE)
@@ -84,6 +84,17 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             found.append(f"{name} is not restarted")
         if "test" not in service.get("healthcheck", {}):
             found.append(f"{name} has no health check")
+        # After its timeout Docker kills only the shell, and what the shell started goes on.
+        check = service.get("healthcheck", {})
+        kind, *words = check.get("test", ["none"])
+        limits = re.findall(r"timeout -s KILL (\d+) (?:celery|redis-cli) ", str(words))
+        programs = re.findall(r"(?:celery|redis-cli) -", str(words))
+        if kind == "CMD-SHELL" and (
+            len(limits) != len(programs) or any(int(limit) >= seconds(check["timeout"]) for limit in limits)
+        ):
+            found.append(f"{name}'s health check may outlive its timeout")
+        if "celery" in str(words) and seconds(check.get("start_interval", "5s")) < seconds(check["interval"]):
+            found.append(f"{name} is asked every few seconds while it starts")
         if "stop_grace_period" not in service:
             found.append(f"{name} has no time to stop in")
         if name not in {*STORES, "flower"} and service["depends_on"].get("migrate") != {
@@ -248,10 +259,34 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         lambda s: s["worker-cpu"]["environment"].update(REMAP_SIGTERM="SIGQUIT"),
     ),
     ("worker has no time to drain", lambda s: s["worker"].update(stop_grace_period="10s")),
+    # Its requests are paid for, so it waits for their answers.
+    ("worker-openai has no time to drain", lambda s: s["worker-openai"].update(stop_grace_period="120s")),
     ("worker's health check asks another worker", lambda s: s["worker"]["command"].remove("-n")),
+    (
+        "worker-openai's health check asks another worker",
+        lambda s: s["worker-openai"]["healthcheck"].update(s["worker"]["healthcheck"]),
+    ),
     (
         "worker-cpu's health check asks another worker",
         lambda s: s["worker-cpu"]["healthcheck"].update(test=["CMD", "true"]),
+    ),
+    *[
+        (
+            f"{name}'s health check may outlive its timeout",
+            lambda s, name=name, old=old, new=new: s[name]["healthcheck"].update(
+                test=["CMD-SHELL", s[name]["healthcheck"]["test"][1].replace(old, new)]
+            ),
+        )
+        for name in ("worker-cpu", "worker-openai", "redis")
+        for old, new in (("timeout -s KILL ", "nice -n "), ("KILL ", "KILL 1"))
+    ],
+    (
+        "worker-cpu is asked every few seconds while it starts",
+        lambda s: s["worker-cpu"]["healthcheck"].pop("start_interval"),
+    ),
+    (
+        "worker-openai is asked every few seconds while it starts",
+        lambda s: s["worker-openai"]["healthcheck"].update(start_interval="5s"),
     ),
     (
         "poller's health check does not ask this poller",
@@ -429,8 +464,19 @@ def test_compose_builds_the_targets_that_the_dockerfile_has() -> None:
     services = yaml.safe_load(COMPOSE)["services"]
     targets = {name: service["build"]["target"] for name, service in services.items() if "build" in service}
     assert set(targets) == set(services) - STORES - PSQL
-    assert {name for name, target in targets.items() if target == "worker"} == WORKERS
+    assert {name for name, target in targets.items() if target == "worker"} == WORKERS - {"worker-openai"}
     assert set(targets.values()) <= set(dockerfile_stages(DOCKERFILE))
+
+
+def test_every_profile_is_named_where_profiles_are_chosen() -> None:
+    """All but the one of the services for single commands, which ``docker compose run`` starts by their names."""
+    compose = yaml.safe_load(COMPOSE)
+    profiles = {p for service in compose["services"].values() for p in service.get("profiles", [])} - {"cli"}
+    running = (ROOT / "docs/running.md").read_text().partition("## With Compose\n")[2].partition("\n| ")[0]
+    example = ENV_EXAMPLE.partition("COMPOSE_PROFILES=")[0].rpartition("\n\n")[2]
+    assert len(profiles) > 3
+    for text in (compose["x-profiles"], running, example):
+        assert profiles - set(re.findall(r"\w+", text)) == set(), text
 
 
 def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> None:
