@@ -39,7 +39,7 @@ SAY_SECONDS = 10.0
 """How often at most a line in the log says that messages were refused. Whoever sends them may send millions."""
 
 
-class _Refused:
+class _RefusalCounter:
     """Counts refused messages, and says so. A line has no word of a message, because anything may stand in it."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _Refused:
         )
 
 
-REFUSED = _Refused()
+REFUSED = _RefusalCounter()
 
 
 class _TooLarge(redis.exceptions.InvalidResponse):

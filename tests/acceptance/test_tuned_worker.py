@@ -9,7 +9,7 @@ import pytest
 from chunkmill.machine import this_machine, versions
 from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC
 from chunkmill.settings import Settings
-from chunkmill.tuning.choose import Constraints, Measured, Setup
+from chunkmill.tuning.choose import Constraints, Setup, SetupMeasurement
 from chunkmill.tuning.profiles import Profile, profile_path, write_profile
 from tests.acceptance.conftest import Processes
 
@@ -19,7 +19,7 @@ def test_a_worker_follows_its_machines_profile(processes: Processes, settings: S
     machine, home = this_machine(), tmp_path / "home"
     profile = Profile(
         DEFAULT_MODEL, DEFAULT_SPEC.fingerprint, Setup("native", "float32", 384, 1, 3),
-        Measured(1.0, 1.0, 5000.0, 9.0, 500.0, 7), Constraints(0.9999), machine, versions(), "2026-11-21",
+        SetupMeasurement(1.0, 1.0, 5000.0, 9.0, 500.0, 7), Constraints(0.9999), machine, versions(), "2026-11-21",
     )  # fmt: skip
     path = profile_path(settings.model_copy(update={"chunkmill_home": home}), DEFAULT_SPEC.fingerprint, machine)
     write_profile(profile, path)

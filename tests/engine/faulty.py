@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkmill_workers.engine import Engine
-from chunkmill_workers.engine.backends import Backend, Hidden
+from chunkmill_workers.engine.backends import Backend, TokenVectors
 from chunkmill_workers.engine.windows import Ids
 
 Load = Callable[..., tuple[Engine, "FaultyBackend"]]
@@ -28,7 +28,7 @@ class FaultyBackend:
         self.error: Exception = RuntimeError("the kernel did not like these shapes")
         self.passes: list[int] = []
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         self.passes.append(sum(len(row) for row in rows))
         if any(self.raises(row) for row in rows):
             raise self.error

@@ -12,7 +12,7 @@ import torch
 
 from chunkmill.errors import EngineError, ModelLoadError
 from chunkmill_workers.engine import Engine
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.run import Runner, TokenBatch
 from chunkmill_workers.engine.windows import Ids
@@ -30,11 +30,11 @@ class Device:
         self.raises: Callable[[Sequence[Ids]], Exception | None] = lambda rows: None
         self.passes: list[int] = []
 
-    def __call__(self, rows: Sequence[Ids], *, only: Any = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: Any = None) -> TokenVectors:
         self.passes.append(len(rows))
         if error := self.raises(rows):
             raise error
-        return Hidden(torch.zeros(len(rows), 1, 4, device=CUDA), torch.ones(len(rows), device=CUDA))
+        return TokenVectors(torch.zeros(len(rows), 1, 4, device=CUDA), torch.ones(len(rows), device=CUDA))
 
 
 class Plain:
@@ -43,7 +43,7 @@ class Plain:
     def only(self, lengths: Any, skips: Any) -> None:
         return None
 
-    def __call__(self, hidden: Hidden, *, skips: Any) -> torch.Tensor:
+    def __call__(self, hidden: TokenVectors, *, skips: Any) -> torch.Tensor:
         return hidden.vectors[:, 0]
 
     def finish(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_an_fp32_twin_that_does_not_fit_costs_the_text_that_needs_it(
     class Overflowing:
         name, device, dtype, packed, concurrent = "native", inner.device, torch.float16, False, False
 
-        def __call__(self, rows: Sequence[Ids], *, only: Any = None) -> Hidden:
+        def __call__(self, rows: Sequence[Ids], *, only: Any = None) -> TokenVectors:
             hidden = inner(rows, only=only)
             with torch.inference_mode():
                 for at, row in enumerate(rows):

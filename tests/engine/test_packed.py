@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkmill.domain.spaces import AnyPooling, OnLong, Pooling, pooling_of
 from chunkmill_workers.engine import Engine
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.encoder.architectures import Build, build_encoder
 from chunkmill_workers.engine.encoder.attention import Heads, find_varlen
@@ -180,8 +180,8 @@ def test_packed_texts_are_pooled_as_padded_ones(mode: AnyPooling, skipping: bool
     skips = torch.tensor([1, 2, 0, 2], dtype=torch.int32) if skipping else None  # two have nothing left
     inside = torch.arange(7) < lengths[:, None]
     grid = torch.randn(4, 7, 5)
-    padded = Hidden(grid.masked_fill(~inside[..., None], 1e6), lengths)
-    together = Hidden(grid[inside], lengths, torch.repeat_interleave(lengths))
+    padded = TokenVectors(grid.masked_fill(~inside[..., None], 1e6), lengths)
+    together = TokenVectors(grid[inside], lengths, torch.repeat_interleave(lengths))
 
     torch.testing.assert_close(pool(together, mode, skips), pool(padded, mode, skips))
 

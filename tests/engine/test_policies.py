@@ -16,7 +16,7 @@ from chunkmill.domain.spaces import LongText, OnLong
 from chunkmill.errors import EngineError
 from chunkmill.models import resolve_model
 from chunkmill_workers.engine import Engine
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.windows import Ids
 from tests.support.waiting import PATIENCE, running, until
 
@@ -135,7 +135,7 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
     class Held:
         device, packed, dtype, concurrent = backend.device, backend.packed, backend.dtype, False
 
-        def __call__(self, rows: Sequence[Ids], **options: Any) -> Hidden:
+        def __call__(self, rows: Sequence[Ids], **options: Any) -> TokenVectors:
             passes.append(len(rows))
             if len(passes) == 2:
                 second_running.set()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from chunkmill.errors import ModelLoadError
 from chunkmill.models import transformer
 from chunkmill_workers.engine import Engine, probe
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.backends.generic import TransformersBackend
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.windows import Ids
@@ -24,7 +24,7 @@ from chunkmill_workers.tuning import check
 
 from .conftest import Toy, sample, save_toy
 
-Call = Callable[..., Hidden]
+Call = Callable[..., TokenVectors]
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +43,16 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def _wrap(
-    monkeypatch: pytest.MonkeyPatch, kind: type, after: Callable[[Sequence[Ids], Hidden], object], *, half: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type,
+    after: Callable[[Sequence[Ids], TokenVectors], object],
+    *,
+    half: bool = False,
 ) -> None:
     """Call ``after`` with the rows and the result of each pass; with ``half`` only of passes in half precision."""
     real: Call = kind.__call__
 
-    def call(self: NativeBackend, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def call(self: NativeBackend, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         hidden = real(self, rows, only=only)
         if not half or self.dtype != torch.float32:
             with torch.inference_mode():
@@ -72,7 +76,7 @@ def test_a_model_of_another_width_than_its_files_state_is_refused_at_load(
 def test_a_model_whose_kernels_lack_the_number_format_is_refused_with_the_setting_that_helps(
     toy_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(rows: Sequence[Ids], hidden: Hidden) -> None:
+    def refuse(rows: Sequence[Ids], hidden: TokenVectors) -> None:
         raise RuntimeError("value cannot be converted to type c10::BFloat16 without overflow")
 
     _wrap(monkeypatch, NativeBackend, refuse, half=True)
@@ -89,7 +93,7 @@ def test_a_model_that_half_precision_does_not_suit_is_loaded_in_fp32_if_nobody_c
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def spoil(rows: Sequence[Ids], hidden: Hidden) -> None:
+    def spoil(rows: Sequence[Ids], hidden: TokenVectors) -> None:
         if fault == "raises":
             raise RuntimeError("not implemented for 'BFloat16'")
         hidden.vectors[..., 0] = float("nan") if fault == "not finite" else 100.0 * (-1) ** len(rows)
@@ -125,7 +129,7 @@ def test_a_model_whose_weights_give_no_finite_vector_is_refused(
 def test_a_model_whose_vectors_depend_on_their_neighbours_is_refused(
     toy_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_padding(rows: Sequence[Ids], hidden: Hidden) -> None:
+    def read_padding(rows: Sequence[Ids], hidden: TokenVectors) -> None:
         hidden.vectors[:, 0] += hidden.vectors.mean(dim=1)
 
     _wrap(monkeypatch, NativeBackend, read_padding)
@@ -137,7 +141,7 @@ def test_a_model_whose_vectors_depend_on_their_neighbours_is_refused(
 def test_a_device_without_memory_for_a_text_is_not_called_a_broken_model(
     toy_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(rows: Sequence[Ids], hidden: Hidden) -> None:
+    def full(rows: Sequence[Ids], hidden: TokenVectors) -> None:
         raise torch.OutOfMemoryError("tried to allocate more than there is")
 
     monkeypatch.setattr("chunkmill_workers.engine.precision.cpu_has_bf16", lambda: True)

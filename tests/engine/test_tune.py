@@ -20,7 +20,7 @@ from chunkmill.errors import EngineError
 from chunkmill.machine import this_machine, versions
 from chunkmill.models import resolve_model
 from chunkmill.settings import Settings
-from chunkmill.tuning.choose import Constraints, Measured, Setup
+from chunkmill.tuning.choose import Constraints, Setup, SetupMeasurement
 from chunkmill.tuning.profiles import Profile, memory_folder, profile_path, read_profile, write_profile
 from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.tuning.candidate import LoadedEngine
@@ -161,7 +161,7 @@ def keep(settings: Settings, **changes: Any) -> Profile:
     fingerprint = resolve_model(settings.embedding_model).spec.fingerprint
     profile = Profile(
         settings.embedding_model, fingerprint, replace(SETUP, batch_tokens=96, parallel_batches=5),
-        Measured(1.0, 1.0, 1000.0, 1.0, 300.0, 7), Constraints(0.9999), machine, versions(), "2026-11-21",
+        SetupMeasurement(1.0, 1.0, 1000.0, 1.0, 300.0, 7), Constraints(0.9999), machine, versions(), "2026-11-21",
     )  # fmt: skip
     profile = replace(profile, **changes)
     write_profile(profile, profile_path(settings, fingerprint, machine))

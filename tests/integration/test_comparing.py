@@ -157,14 +157,14 @@ def test_a_text_that_one_model_cannot_embed_is_left_out_of_both(
     docs: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_golden(docs, tmp_path)
-    whole = comparing.Comparing._embed_now
+    whole = comparing.Comparisons._embed_now
 
     def refuse_wasps(self, one, texts, kind, deadline):  # type: ignore[no-untyped-def]
         if kind == "document" and any("the wasp" in text for text in texts):
             raise EngineError("the worker could not embed: a test")
         return whole(self, one, texts, kind, deadline)
 
-    monkeypatch.setattr(comparing.Comparing, "_embed_now", refuse_wasps)
+    monkeypatch.setattr(comparing.Comparisons, "_embed_now", refuse_wasps)
     told = docs.compare("docs", DEFAULT_MODEL, dimensions=96, timeout=PATIENCE)
     assert (told.sample, told.changes.queries, told.left_out) == (21, 7, 4)
     assert "q-wasp" not in {one.id for one in told.changes.worst}

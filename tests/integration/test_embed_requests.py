@@ -15,7 +15,7 @@ from chunkmill.db.connect import create_db, raw
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import WaitTimeout
 from chunkmill.ledger import embed_requests
-from chunkmill.ledger.embed_requests import Answered, EmbedRequest
+from chunkmill.ledger.embed_requests import EmbedAnswer, EmbedRequest
 from chunkmill.ledger.jobs import recover
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
@@ -231,11 +231,11 @@ def test_answers_are_told_together_and_not_those_that_were_withdrawn(
             embed_requests.answer_all(
                 conn,
                 [
-                    Answered(
+                    EmbedAnswer(
                         first, np.full((2, 3), 1, np.float32), np.array([4, 5], np.int32), np.array([True, False])
                     ),
-                    Answered(withdrawn, np.full((1, 3), 2, np.float32)),
-                    Answered(second, np.full((1, 3), 3, np.float32)),
+                    EmbedAnswer(withdrawn, np.full((1, 3), 2, np.float32)),
+                    EmbedAnswer(second, np.full((1, 3), 3, np.float32)),
                 ],
             )
         with db.begin() as conn:
@@ -272,7 +272,7 @@ def test_a_notification_of_many_answers_is_cut_where_postgres_would_refuse_it(
         listening.execute(sa.text(f"LISTEN {embed_requests.ANSWERS_CHANNEL}"))
         for tell in (
             lambda conn: embed_requests.tell(conn, ids),
-            lambda conn: embed_requests.answer_all(conn, [Answered(i, np.ones((1, 3), np.float32)) for i in ids]),
+            lambda conn: embed_requests.answer_all(conn, [EmbedAnswer(i, np.ones((1, 3), np.float32)) for i in ids]),
         ):
             with db.begin() as conn:
                 tell(conn)

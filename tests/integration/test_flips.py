@@ -213,7 +213,7 @@ def test_writers_of_vectors_and_chunks_wait_for_a_flip_and_it_for_them(
     with hands.db.connect() as writer, writer.begin() as window:
         lock_shared(writer, DELETE_LOCK)
 
-        def flip() -> flipping.Flipped:
+        def flip() -> flipping.FlipAttempt:
             done = flipping.try_to_flip(flipping_db, going, seen, states=flipping.FLIP_FROM, missing=0)
             has_ended.set()
             return done
@@ -295,7 +295,7 @@ def test_a_second_try_looks_only_at_what_was_written_since_the_first(
     way.until_ramping()
     going = Direction.of(way.life(), back=False)
 
-    def again() -> flipping.Flipped:
+    def again() -> flipping.FlipAttempt:
         return flipping.flip_once(hands.db, going, states=flipping.FLIP_FROM, missing=0)
 
     for number, text in enumerate(("a first text", "a second text"), 1):

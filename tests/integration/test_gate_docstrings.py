@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from chunkmill.domain.comparing import unit
-from chunkmill.domain.gates import Gates, Measured, check
+from chunkmill.domain.gates import CollectionMeasurement, Gates, check
 from chunkmill.domain.ranking import ndcg_at
 from chunkmill.domain.spaces import Precision
 from chunkmill.models import resolve_model
@@ -44,7 +44,7 @@ def passed(old: NDArray[np.float64], new: NDArray[np.float64]) -> int:
     n = 0
     for seed in range(RUNS):
         chosen = np.random.default_rng(seed).permutation(len(old))[:QUERIES]
-        measured = Measured(chunks=1, missing=0, old_ndcg=tuple(old[chosen]), new_ndcg=tuple(new[chosen]))
+        measured = CollectionMeasurement(chunks=1, missing=0, old_ndcg=tuple(old[chosen]), new_ndcg=tuple(new[chosen]))
         n += check(Gates(canary=False, recall=None, p95_ratio=None), measured)[1].passed
     return n
 

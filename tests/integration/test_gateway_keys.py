@@ -22,7 +22,7 @@ from chunkmill.embedded import StackStatus
 from chunkmill.gateway.keys import StoredKeys, ring
 from chunkmill.gateway.routes import collections
 from chunkmill.ledger.access import keys, usage
-from chunkmill.ledger.access.usage import Asked, Booked
+from chunkmill.ledger.access.usage import Demand, UsageBooking
 from chunkmill.settings import Settings
 from tests.conftest import fresh_settings
 from tests.support.gateway_endpoints import ENDPOINTS
@@ -54,7 +54,7 @@ class Two:
         with self.db.begin() as conn:
             assert keys.revoke(conn, int(key.split("_")[1]))
 
-    def used(self, key: str) -> Booked:
+    def used(self, key: str) -> UsageBooking:
         query = """
             SELECT sum(requests) AS requests, sum(tokens) AS tokens, sum(usd) AS usd
             FROM api_key_usage
@@ -62,7 +62,7 @@ class Two:
         """
         with self.db.begin() as conn:
             row = conn.execute(sa.text(query), {"id": int(key.split("_")[1])}).one()
-        return Booked(int(row.requests or 0), int(row.tokens or 0), row.usd or Decimal(0))
+        return UsageBooking(int(row.requests or 0), int(row.tokens or 0), row.usd or Decimal(0))
 
 
 @pytest.fixture(scope="module")
@@ -303,10 +303,10 @@ def test_a_key_that_is_not_there_any_more_keeps_no_other_from_being_booked(db: s
         gone, mine, other = (keys.create(conn, name=name, **made)[0] for name in ("gone", "mine", "other"))  # type: ignore[arg-type]
         conn.execute(sa.text("DELETE FROM api_keys WHERE id = :id"), {"id": gone})
     with db.begin() as conn:
-        asked = [Asked(key_id, limits, 60, Decimal(0)) for key_id in (gone, mine, gone, other, mine)]
+        asked = [Demand(key_id, limits, 60, Decimal(0)) for key_id in (gone, mine, gone, other, mine)]
         month, verdicts = usage.reserve(conn, asked)
         assert verdicts == [None, None, "tokens", None, "tokens"]
-        usage.book(conn, {(key_id, month): Booked(1, 5, Decimal(0)) for key_id in (gone, mine, other)})
+        usage.book(conn, {(key_id, month): UsageBooking(1, 5, Decimal(0)) for key_id in (gone, mine, other)})
     with db.begin() as conn:
         used = conn.execute(sa.text("SELECT key_id, tokens FROM api_key_usage ORDER BY key_id"))
         assert [tuple(row) for row in used] == [(mine, 65), (other, 65)]
@@ -317,15 +317,15 @@ def test_two_reservations_at_once_see_each_other(db: sa.Engine) -> None:
     with db.begin() as conn:
         made = {"tenant": "t", "scopes": {Scope.EMBED}, "limits": limits}
         ids = [keys.create(conn, name=name, **made)[0] for name in ("mine", "other")]  # type: ignore[arg-type]
-        usage.reserve(conn, [Asked(key_id, limits, 0, Decimal(0)) for key_id in ids])  # their rows are there
+        usage.reserve(conn, [Demand(key_id, limits, 0, Decimal(0)) for key_id in ids])  # their rows are there
     verdicts: list[list[str | None]] = []
 
     def reserve(key_id: int) -> None:
         with db.begin() as conn:
-            verdicts.append(usage.reserve(conn, [Asked(key_id, limits, 60, Decimal(0))])[1])
+            verdicts.append(usage.reserve(conn, [Demand(key_id, limits, 60, Decimal(0))])[1])
 
     with db.connect() as first, first.begin():
-        assert usage.reserve(first, [Asked(ids[0], limits, 60, Decimal(0))])[1] == [None]
+        assert usage.reserve(first, [Demand(ids[0], limits, 60, Decimal(0))])[1] == [None]
         second = threading.Thread(target=reserve, args=[ids[0]])
         second.start()
         reserve(ids[1])
@@ -344,7 +344,7 @@ def test_a_key_with_no_limit_is_booked_too(two: Two) -> None:
     key = two.key("mine")
     for at in (two.first, two.second):
         assert two.embed(key, "a b", "c", at=at).status_code == 200
-    until(lambda: two.used(key) == Booked(2, 2 * (4 + 3), Decimal(0)))
+    until(lambda: two.used(key) == UsageBooking(2, 2 * (4 + 3), Decimal(0)))
 
 
 def test_what_fails_is_given_back(two: Two) -> None:
@@ -359,11 +359,11 @@ def test_dollars_of_a_month_stop_what_costs_and_nothing_else(db: sa.Engine) -> N
     limits = KeyLimits(usd_per_month=Decimal("0.10"))
     with db.begin() as conn:
         ids = [keys.create(conn, name=name, tenant="t", scopes={Scope.EMBED}, limits=limits)[0] for name in ("a", "b")]
-        cents = [Asked(ids[0], limits, 10, Decimal("0.06")), Asked(ids[0], limits, 10, Decimal("0.05"))]
-        free = [Asked(ids[0], limits, 10**6, Decimal(0)), Asked(ids[1], limits, 1, Decimal("0.10"))]
+        cents = [Demand(ids[0], limits, 10, Decimal("0.06")), Demand(ids[0], limits, 10, Decimal("0.05"))]
+        free = [Demand(ids[0], limits, 10**6, Decimal(0)), Demand(ids[1], limits, 1, Decimal("0.10"))]
         month, verdicts = usage.reserve(conn, [*cents, *free])
         assert verdicts == [None, "usd", None, None]
-        usage.book(conn, {(ids[0], month): Booked(1, 0, Decimal("-0.06"))})
+        usage.book(conn, {(ids[0], month): UsageBooking(1, 0, Decimal("-0.06"))})
         assert usage.reserve(conn, cents)[1] == [None, "usd"]
 
 

@@ -13,7 +13,7 @@ from chunkmill.ledger.provider import provider_inputs
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.inputs import ProviderInput, Window
-from chunkmill.openai.wire.answers import Sent
+from chunkmill.openai.wire.answers import SentRequest
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from tests.support.paid_ledger import LARGE, SMALL, add_inputs, add_provider_batch, register
@@ -93,7 +93,7 @@ def test_what_is_left_of_a_provider_batch_is_its_own(db: sa.Engine, small: regis
         add_inputs(conn, small, second, [C])
         add_inputs(conn, small, None, [D])
 
-        assert provider_inputs.sent(conn, first) == {0: Sent(1, 10), 1: Sent(1, 10)}
+        assert provider_inputs.sent(conn, first) == {0: SentRequest(1, 10), 1: SentRequest(1, 10)}
         assert {each.content_hash for each in provider_inputs.remove_all(conn, first)} == {A, B}
         assert carriers(conn, small) == {C: second, D: None}
 

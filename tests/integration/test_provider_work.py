@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from chunkmill import Client
 from chunkmill.domain.spaces import OnLong
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_work
-from chunkmill.ledger.provider.provider_work import Waiting
+from chunkmill.ledger.provider.provider_work import WaitingChunkBatch
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -38,12 +38,12 @@ def enqueue(client: Client, *texts: str, collection: str, **more: Any) -> int:
         return int(one_of(conn, "SELECT id FROM chunk_batches WHERE job_id = :id", id=job.id))
 
 
-def waiting(conn: sa.Connection, chunk_batch: int) -> Waiting:
+def waiting(conn: sa.Connection, chunk_batch: int) -> WaitingChunkBatch:
     row = conn.execute(
         sa.text("SELECT b.*, j.collection_id FROM chunk_batches b JOIN jobs j ON j.id = b.job_id WHERE b.id = :id"),
         {"id": chunk_batch},
     ).one()
-    return Waiting(
+    return WaitingChunkBatch(
         row.id, row.job_id, row.space_id, row.priority, row.attempt, row.max_attempts, tuple(row.content_hashes),
         OnLong.TRUNCATE, row.collection_id,
     )  # fmt: skip

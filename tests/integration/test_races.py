@@ -34,7 +34,7 @@ from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.process.lease import LeaseKeeper
-from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.process.unserved import UnservedWork
 from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE, Call, together, until
@@ -53,7 +53,7 @@ class Unable:
 
     def __init__(self, error: Exception) -> None:
         self._error = error
-        self.left_to_others = Unserved()
+        self.left_to_others = UnservedWork()
 
     def for_space(self, space: object) -> None:
         raise self._error

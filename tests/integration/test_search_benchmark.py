@@ -12,7 +12,7 @@ from chunkmill.domain import serving
 from chunkmill.store import indexing
 from chunkmill.store import search as searching
 from chunkmill_workers.benchmarks import search
-from chunkmill_workers.benchmarks.search import Asked, Cell
+from chunkmill_workers.benchmarks.search import Cell, CellTruth
 from chunkmill_workers.benchmarks.topics import Corpus, Kind, World
 
 SIZES = (1, 30, 250)
@@ -69,7 +69,7 @@ def test_what_fails_the_gate_of_recall_has_no_latency() -> None:
     cell = Cell(Corpus(Kind.OWN, 10, 0, 2), search.OWN, search.NO_FILTER)
     times = {(cell, "chunkmill"): [[1.0, 2.0]], (cell, "exact"): [[3.0, 3.0]]}
     for recalls, passes in (({0: 1.0, 1: 0.97}, True), ({0: 1.0, 1: 0.95}, False)):
-        asked = Asked(cell.corpus.queries(World(), 2, own=True), recalls=recalls)
+        asked = CellTruth(cell.corpus.queries(World(), 2, own=True), recalls=recalls)
         recall, latency = search._rows_of(cell, asked, times)
         assert recall.as_json()["met"] is passes
         assert (latency.as_json()["median"] is not None, bool(latency.ratios)) == (passes, passes)

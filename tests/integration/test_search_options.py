@@ -190,7 +190,7 @@ def test_whether_a_query_is_beside_is_told_without_the_filter_if_a_graph_is_read
     filled: Client, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the chunks pass, those on one side of the query, and enough of them are among the rows that are read."""
-    monkeypatch.setattr(searching._Asked, "_nearest_in_turn", None)
+    monkeypatch.setattr(searching._CallContext, "_nearest_in_turn", None)
     among = filled.search(vector(1, 1), collection="docs", k=5, metadata={"number": {"$gte": 60}}, explain=True)
     assert numbers(among) == [60, 61, 62, 63, 64]
     assert among.explanation
@@ -200,7 +200,7 @@ def test_whether_a_query_is_beside_is_told_without_the_filter_if_a_graph_is_read
 
 def test_rows_that_do_not_give_enough_hits_are_not_believed(filled: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows pass the filter among all than among the nearest, so that too few of them were compared."""
-    monkeypatch.setattr(searching._Asked, "_estimate_share", lambda asked, index: 1.0)
+    monkeypatch.setattr(searching._CallContext, "_estimate_share", lambda asked, index: 1.0)
     wanted = {"number": {"$lt": 20}}
     hits = filled.search(vector(1, 10), collection="docs", k=5, metadata=wanted)
     assert numbers(hits) == [19, 18, 17, 16, 15]

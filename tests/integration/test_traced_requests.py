@@ -23,7 +23,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import tracing
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Asked, Lane
+from chunkmill_workers.local.lane import Lane, LaneRequest
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.local.sockets import WorkerSocketServer
 from tests.integration.hands import Hands
@@ -218,7 +218,7 @@ def test_a_caller_whose_trace_is_not_kept_gets_no_spans_of_the_worker(
     for flags in ("00", "01"):
         parent = f"00-{'a' * 32}-{'b' * 16}-{flags}"
         on_error = answers.append
-        asked = Asked(space, "query", ["a text"], answers.append, on_error, traceparent=parent)
+        asked = LaneRequest(space, "query", ["a text"], answers.append, on_error, traceparent=parent)
         responder.lane.submit(asked)
         responder.lane.settle()
     assert len(answers) == 2

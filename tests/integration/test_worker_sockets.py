@@ -34,7 +34,7 @@ from chunkmill.monitor import worker_sockets
 from chunkmill.settings import Settings
 from chunkmill_workers.local import sockets as server_module
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Asked, WorkerLeaves
+from chunkmill_workers.local.lane import LaneRequest, WorkerLeaves
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.local.sockets import WorkerSocketServer
 from tests.conftest import fresh_settings
@@ -57,19 +57,19 @@ class Worker:
         self.n_open = 0
         self.holds = holds
         self.is_loaded = True
-        self.asked: list[Asked] = []
+        self.asked: list[LaneRequest] = []
         self.server = WorkerSocketServer(self, self, where)  # type: ignore[arg-type]
 
     def ready_engine(self, _: object, *, use: bool = True) -> object:
         return self if self.is_loaded else None
 
-    def submit(self, asked: Asked) -> None:
+    def submit(self, asked: LaneRequest) -> None:
         self.asked.append(asked)
         if not self.holds:
             self.answer(asked)
 
     @staticmethod
-    def answer(asked: Asked) -> None:
+    def answer(asked: LaneRequest) -> None:
         """A text has as many tokens as characters."""
         tokens = np.array([len(text) for text in asked.texts], np.int32)
         asked.on_answer(EmbeddedTexts(np.stack([vector_of(text) for text in asked.texts]), tokens, tokens > 8))

@@ -40,7 +40,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RankingQuality:
     """How good the rankings of all queries are: ``(n,)`` each."""
 
     ndcg: Scores
@@ -63,9 +63,9 @@ class Verdict:
 
     chosen: int
     """Its number."""
-    full: Standing
-    tried: tuple[Standing, ...]
-    held_out: Standing
+    full: RankingQuality
+    tried: tuple[RankingQuality, ...]
+    held_out: RankingQuality
     """Each query with the adapter that is best for the queries of the other folds."""
     loss: Difference
     """nDCG of the full re-embedding minus that through the bridge."""
@@ -93,12 +93,14 @@ def judge(corpus: Corpus, questions: Sequence[Question], adapters: Sequence[Adap
         others = ~inside if (~inside).any() else inside
         taken[inside] = _best(worth[:, others])
     every = np.arange(len(questions))
-    held_out = Standing(*(np.stack([getattr(one, name) for one in tried])[taken, every] for name in _NAMES))
+    held_out = RankingQuality(*(np.stack([getattr(one, name) for one in tried])[taken, every] for name in _NAMES))
     loss = paired_bootstrap(full.ndcg, held_out.ndcg, seed=seed)
     return Verdict(_best(worth), full, tried, held_out, loss, wanted)
 
 
-def judge_own(corpus: Corpus, vectors: Floats, verdict: Verdict, grades: Sequence[Mapping[str, float]]) -> Standing:
+def judge_own(
+    corpus: Corpus, vectors: Floats, verdict: Verdict, grades: Sequence[Mapping[str, float]]
+) -> RankingQuality:
     """How good the rankings by ``vectors``, ``(n, e)``, are: the same questions, asked with the old model."""
     ranked = rank(corpus.ids, to_unit_length(corpus.old), to_unit_length(vectors))
     return standing(ranked, verdict.wanted, grades)
@@ -109,9 +111,9 @@ _NAMES = ("ndcg", "recall", "same_hits")
 
 def standing(
     rankings: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]], grades: Sequence[Mapping[str, float]]
-) -> Standing:
+) -> RankingQuality:
     """How good ``rankings`` are by ``grades``, and beside the rankings that are ``wanted``."""
-    return Standing(
+    return RankingQuality(
         ndcg=np.array([ndcg_at(DEPTH, ranked, of) for ranked, of in zip(rankings, grades, strict=True)]),
         recall=np.array([recall_at(DEPTH, ranked, of) for ranked, of in zip(rankings, grades, strict=True)]),
         same_hits=np.array([overlap_at(DEPTH, ranked, want) for ranked, want in zip(rankings, wanted, strict=True)]),

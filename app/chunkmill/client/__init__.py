@@ -11,11 +11,11 @@ import sqlalchemy as sa
 from chunkmill.broker import Broker
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.listener import listener_of
-from chunkmill.client.batching import Batching
+from chunkmill.client.batching import Batchers
 from chunkmill.client.bridges import Bridges
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
-from chunkmill.client.comparing import Comparing
+from chunkmill.client.comparing import Comparisons
 from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
 from chunkmill.client.ends import ends_of
@@ -38,7 +38,7 @@ _mutex = threading.Lock()
 
 
 class Client(
-    Batching, Money, DeadList, Comparing, Searches, Bridges, Maps, Chunks, Collections, Reembeddings, Retention
+    Batchers, Money, DeadList, Comparisons, Searches, Bridges, Maps, Chunks, Collections, Reembeddings, Retention
 ):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 

@@ -18,7 +18,7 @@ MOST_CHUNKS = 100_000
 MOST_BYTES = 1024 * 1024 * 1024
 
 
-class Batching(Jobs):
+class Batchers(Jobs):
     """The part of the client that is about chunks that come one at a time."""
 
     def batcher(

@@ -36,7 +36,7 @@ TITLES_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _GradedQuery:
     """A query and the grades of its answers, by content hash."""
 
     text: str
@@ -47,7 +47,7 @@ class _Asked:
 class _Sample:
     """What a bridge is learnt from and judged by."""
 
-    asked: Sequence[_Asked]
+    asked: Sequence[_GradedQuery]
     queries_from: str
     corpus: judging.Corpus
     pairs: fitting.Pairs
@@ -204,7 +204,7 @@ def _report(
     drawn: _Sample,
     learnt: Sequence[Adapter],
     verdict: judging.Verdict,
-    own: judging.Standing | None,
+    own: judging.RankingQuality | None,
 ) -> Bridge:
     full, held_out, loss = verdict.full, verdict.held_out, verdict.loss
     trials = tuple(
@@ -246,7 +246,7 @@ def _rows(known: Mapping[bytes, NDArray[np.float32]], names: Sequence[bytes]) ->
 
 def _questions(
     conn: sa.Connection, collection: Collection, space: Space, most: int, *, n_texts: int
-) -> tuple[list[_Asked], str]:
+) -> tuple[list[_GradedQuery], str]:
     """The queries that judge, and what they are: golden queries that are not titles, or titles if there are too few.
 
     Their answers have a vector in the space. So many are taken that half of the texts, at least, are no answers.
@@ -258,7 +258,7 @@ def _questions(
     if len(asked) < 2:
         made = golden.titles(conn, collection.id, min(most, n_texts // TITLES_SHARE)) if n_texts >= TITLES_SHARE else []
         asked, queries_from = _with_hashes(conn, collection, space, made), "titles"
-    taken: list[_Asked] = []
+    taken: list[_GradedQuery] = []
     answers: set[bytes] = set()
     for one in asked:
         if len(answers | one.grades.keys()) * 2 <= n_texts:
@@ -275,7 +275,7 @@ def _questions(
 
 def _with_hashes(
     conn: sa.Connection, collection: Collection, space: Space, queries: Sequence[GoldenQuery]
-) -> list[_Asked]:
+) -> list[_GradedQuery]:
     """The queries that have a right answer with a vector. Chunks with the same text are one answer."""
     chunk_ids = list(dict.fromkeys(chunk_id for query in queries for chunk_id in query.relevant))
     known = pairs.hashes(conn, space, collection.id, chunk_ids)
@@ -286,5 +286,5 @@ def _with_hashes(
             if (name := known.get(chunk_id)) is not None:
                 grades[name] = max(grade, grades.get(name, 0.0))
         if any(grade > 0 for grade in grades.values()):
-            asked.append(_Asked(query.text, grades))
+            asked.append(_GradedQuery(query.text, grades))
     return asked

@@ -31,7 +31,7 @@ from chunkmill.spaces import collections, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import chunks as store
-from chunkmill.store.chunks import Picked
+from chunkmill.store.chunks import ChunkSelection
 from chunkmill.store.delete import delete_some
 
 DELETE_STEP = 5_000
@@ -323,7 +323,7 @@ class Chunks(ClientPart):
         except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
             raise translated(str(self._db.url), error) from error
 
-    def _picked(self, row: Collection, chosen: Filter, *, after: str, most: int | None) -> Iterator[Picked]:
+    def _picked(self, row: Collection, chosen: Filter, *, after: str, most: int | None) -> Iterator[ChunkSelection]:
         """The chunks behind ``after`` that pass the filter, in the order of their ids.
 
         ``most`` is how many are wanted, if that is known. More may come.
@@ -407,6 +407,6 @@ class Chunks(ClientPart):
             deleted = 0
             for line in kept:
                 with self._transaction() as conn:
-                    picked = Picked(*json.loads(line))
+                    picked = ChunkSelection(*json.loads(line))
                     deleted += store.delete_picked(conn, collection_id=row.id, chosen=chosen, picked=picked)
             return deleted

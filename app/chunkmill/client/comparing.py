@@ -90,7 +90,7 @@ class _Plan:
         return self.old, self.new
 
 
-class Comparing(HybridSearch):
+class Comparisons(HybridSearch):
     """The part of the client that judges models."""
 
     def compare(

@@ -30,7 +30,7 @@ MOST_KEPT = 10_000
 """How many numbers are kept while Postgres cannot be written."""
 
 
-class Counting:
+class EngineCounts:
     """The counts of the clients of one engine. It is thread-safe."""
 
     def __init__(self) -> None:
@@ -106,14 +106,14 @@ class Counting:
             self.write(db)
 
 
-_counting: WeakKeyDictionary[sa.Engine, Counting] = WeakKeyDictionary()
+_counting: WeakKeyDictionary[sa.Engine, EngineCounts] = WeakKeyDictionary()
 _mutex = threading.Lock()
 
 
-def counting_of(db: sa.Engine) -> Counting:
+def counting_of(db: sa.Engine) -> EngineCounts:
     """The counts of this process for the clients of ``db``."""
     with _mutex:
-        return _counting.setdefault(db, Counting())
+        return _counting.setdefault(db, EngineCounts())
 
 
 def _begin_in_child() -> None:

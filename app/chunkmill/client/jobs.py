@@ -17,7 +17,7 @@ from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, JobWatch
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.client.outbox import enqueue_within, open_if_undelivered
 from chunkmill.client.paying import quote_of
-from chunkmill.client.steps import Pause, Steps, Tell, run_steps
+from chunkmill.client.steps import Pause, Steps, TellStep, run_steps
 from chunkmill.client.stopping import stoppable
 from chunkmill.client.transactions import as_transaction
 from chunkmill.db.retry import transact
@@ -297,7 +297,7 @@ class Jobs(ClientPart):
             job = yield from self._read_steps(job_id, watching, deadline, say)
             looked = time.monotonic()
             if on_progress:
-                yield Tell(on_progress, job)
+                yield TellStep(on_progress, job)
             require_not_failed(job)
             if job.state.is_final:
                 if job.notice and on_hindrance is None:
@@ -311,7 +311,7 @@ class Jobs(ClientPart):
                 with contextlib.suppress(StoreUnavailable):  # the next look says so
                     hindered = self._hindrance(job)
                 if hindered and hindered != before:
-                    yield Tell(say, hindered)
+                    yield TellStep(say, hindered)
                 looked = time.monotonic()
                 hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
@@ -334,7 +334,7 @@ class Jobs(ClientPart):
                     raise
                 if not is_said:
                     is_said = True
-                    yield Tell(say, f"{away} The job goes on when Postgres is back, and so does this wait.")
+                    yield TellStep(say, f"{away} The job goes on when Postgres is back, and so does this wait.")
                 left = RECONNECT_SECONDS if deadline is None else deadline - now
                 yield Pause(min(RECONNECT_SECONDS, left))
 

@@ -25,7 +25,7 @@ from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.reembedding import cleaning, flipping, gating, lives, serving
-from chunkmill.ledger.reembedding.flipping import Direction, Flipped
+from chunkmill.ledger.reembedding.flipping import Direction, FlipAttempt
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.spaces import collections, registry
 
@@ -328,7 +328,7 @@ def _require_state(life: Life, states: Sequence[ReembeddingState], *, back: bool
     )
 
 
-def _why_not(life: Life, tried: Flipped, most: int, *, back: bool, timeout: float) -> str:
+def _why_not(life: Life, tried: FlipAttempt, most: int, *, back: bool, timeout: float) -> str:
     to = life.names["from_model"] if back else life.names["to_model"]
     if tried.open_contents:
         reason = (

@@ -14,7 +14,7 @@ from chunkmill.errors import InvalidInput, NotFound, StoreUnavailable
 from chunkmill.spaces import serving
 from chunkmill.spaces.registry import Space
 from chunkmill.store import searches
-from chunkmill.store.searches import Counted
+from chunkmill.store.searches import CountedSearches
 
 MOST_HOURS = 24 * searches.KEPT_DAYS
 
@@ -65,8 +65,8 @@ class Searches(ClientPart):
         return Rows(rows, SearchCounts)
 
 
-def _counts(space: Space, role: str, share: int, counted: Counted | None) -> SearchCounts:
-    counted = counted or Counted(space.id)
+def _counts(space: Space, role: str, share: int, counted: CountedSearches | None) -> SearchCounts:
+    counted = counted or CountedSearches(space.id)
     return SearchCounts(
         space=space.spec.fingerprint,
         model=space.spec.model,

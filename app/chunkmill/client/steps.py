@@ -78,14 +78,14 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class TellStep:
     """Call a function of the caller's, then go on."""
 
     function: Callable[[Any], object]
     argument: object
 
 
-Step = Pause | Wait | Tell | Work
+Step = Pause | Wait | TellStep | Work
 Steps = Generator[Step, None, Result]
 """No transaction is open between two steps, so they may run in different threads, one after the other. A generator that
 is closed, or that an exception is thrown into, takes back what it asked for. Between its steps it may block, unless its

@@ -16,7 +16,7 @@ import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.client.asking.gathered import Gathered
+from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.client.asking.inquiry import Inquiry, SpaceGone
 from chunkmill.client.asking.listener import listener_of
 from chunkmill.client.asking.lookups import Lookups
@@ -116,13 +116,13 @@ class _Search:
         if self.like is not None:
             raise InvalidInput("bridge is for queries; with like= there is none. Leave out one of the two.")
 
-    def choose(self, served: serving.Served) -> registry.Space:
+    def choose(self, served: serving.ServedCollection) -> registry.Space:
         if self.space is not None:
             return served.named(self.space)
         return served.active if self.session is None else served.of_session(self.session)
 
     def mix(
-        self, conn: sa.Connection, served: serving.Served, space: registry.Space
+        self, conn: sa.Connection, served: serving.ServedCollection, space: registry.Space
     ) -> tuple[keywords.KeywordIndex, Hybrid] | None:
         """How keywords are mixed in, which is chosen for each space."""
         is_text = self.like is None and isinstance(self.queries, list)
@@ -371,7 +371,7 @@ class Vectors(ClientPart):
 
     def _nearest(
         self,
-        served: serving.Served,
+        served: serving.ServedCollection,
         space: registry.Space,
         asked: _Search,
         mix: tuple[keywords.KeywordIndex, Hybrid] | None,
@@ -638,7 +638,7 @@ class Vectors(ClientPart):
         of queries is neither asked nor filled.
         """
         deadline = time.monotonic() + timeout
-        gathered = Gathered(texts)
+        gathered = DistinctTexts(texts)
         fingerprint, dimensions = space.spec.fingerprint, space.spec.dimensions
         if is_cached:
             self._query_cache.read(fingerprint, kind, dimensions, gathered)

@@ -473,5 +473,4 @@ def _conninfo(url: str) -> str:
 def _options(url: str) -> dict[str, Any]:
     """What the URL says, in libpq's words. The password may be among its parameters too."""
     address, _ = home.split_schema(url)
-    options: dict[str, Any] = sa.create_engine(address).dialect.create_connect_args(address)[1]
-    return options
+    return dict(sa.create_engine(address).dialect.create_connect_args(address)[1])

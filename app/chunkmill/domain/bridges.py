@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 
 
 class AdapterKind(StrEnum):
@@ -21,7 +21,7 @@ class AdapterKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class BridgeTrial(Printed):
+class BridgeTrial(PrintedResult):
     """One kind of adapter that was tried. Each number is a mean over the queries, from 0.0 to 1.0."""
 
     kind: AdapterKind
@@ -36,7 +36,7 @@ class BridgeTrial(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Bridge(Printed):
+class Bridge(PrintedResult):
     """A bridge of a collection, and what its queries lose against a full re-embedding.
 
     All rankings are among ``ranked`` chunks, and by queries that the adapter was not learnt from.

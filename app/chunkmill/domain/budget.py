@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 
 
 @dataclass(frozen=True, slots=True)
-class Budget(Printed):
+class Budget(PrintedResult):
     """The money of one calendar month (UTC), in US dollars.
 
     ``spent`` is what providers charged or may have charged, with corrections. ``lost``, ``maybe_charged`` and

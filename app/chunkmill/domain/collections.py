@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.results import Index
 
 COUNTED = 1_000
@@ -20,7 +20,7 @@ OnDropped = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class CollectionInfo(Printed):
+class CollectionInfo(PrintedResult):
     """A collection, how much is in it, and how it is served."""
 
     name: str
@@ -49,7 +49,7 @@ class CollectionInfo(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class DroppedCollection(Printed):
+class DroppedCollection(PrintedResult):
     """What a drop did before it returned."""
 
     name: str

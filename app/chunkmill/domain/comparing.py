@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.ranking import (
     Difference,
     mrr_at,
@@ -75,7 +75,7 @@ def with_stand_in(hits: Iterable[tuple[str, float]], grades: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Change(Printed):
+class Change(PrintedResult):
     """One measure, from 0.0 to 1.0, of both, and how much it differs, with the bounds of the 95 % interval."""
 
     old: float
@@ -87,7 +87,7 @@ class Change(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class LosingQuery(Printed):
+class LosingQuery(PrintedResult):
     """A query that loses."""
 
     id: str
@@ -97,7 +97,7 @@ class LosingQuery(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Changes(Printed):
+class Changes(PrintedResult):
     """How rankings differ over the judged queries, and how sure that is."""
 
     queries: int
@@ -208,7 +208,7 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True, slots=True)
-class Contender(Printed):
+class Contender(PrintedResult):
     """One of the two models, as it was measured. What was not measured is None."""
 
     model: str
@@ -238,7 +238,7 @@ class Contender(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonQuote(Printed):
+class ComparisonQuote(PrintedResult):
     """What a comparison will send to workers, before it does."""
 
     collection: str
@@ -259,7 +259,7 @@ class ComparisonQuote(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison(Printed):
+class Comparison(PrintedResult):
     """Two models, judged on a sample of a collection by its golden queries."""
 
     collection: str

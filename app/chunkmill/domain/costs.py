@@ -10,12 +10,12 @@ from typing import Final
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.prices import MILLION
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.states import Route
 
 
 @dataclass(frozen=True, slots=True)
-class LaneEstimate(Printed):
+class LaneEstimate(PrintedResult):
     """What one route would take to embed the contents.
 
     ``tokens`` is how many tokens would be sent, after long texts are treated by their policy; ``refused`` is how many
@@ -32,7 +32,7 @@ class LaneEstimate(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate(Printed):
+class Estimate(PrintedResult):
     """What an enqueue would do, before it does anything.
 
     The ``chunks`` have ``contents`` distinct texts: ``cached`` of them have a vector in the space, ``in_flight`` are
@@ -94,7 +94,7 @@ class AdjustmentKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Cost(Printed):
+class Cost(PrintedResult):
     """The cost of one group on one route.
 
     ``key`` is a day, a month, a model, a route or a job's id. Job 0 stands for calls that waited for their answer, such
@@ -124,7 +124,7 @@ class Cost(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Costs(Printed):
+class Costs(PrintedResult):
     """What was embedded since a day (None: since the beginning), what it cost, and the budget of this month."""
 
     by: CostsBy
@@ -134,7 +134,7 @@ class Costs(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Adjusted:
+class AdjustedSums:
     """Parts of a sum of US dollars that no answer confirmed."""
 
     lost: Decimal = Decimal(0)
@@ -147,7 +147,7 @@ class Adjusted:
 
 
 @dataclass(frozen=True, slots=True)
-class Adjustment(Printed):
+class Adjustment(PrintedResult):
     """A part of the bill that no answer confirmed, and its reason."""
 
     id: int
@@ -171,7 +171,7 @@ class Adjustment(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Correction(Printed):
+class Correction(PrintedResult):
     """What :meth:`Client.correct_charge` did. ``is_new`` is False if the correction had been booked before."""
 
     adjustment: Adjustment

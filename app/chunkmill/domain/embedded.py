@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.spaces import SpaceSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EmbeddedTexts(Printed):
+class EmbeddedTexts(PrintedResult):
     """Everything is in the order of the texts."""
 
     vectors: NDArray[np.float32]

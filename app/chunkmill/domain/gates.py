@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.ranking import LEVEL, POWER, paired_bootstrap
 from chunkmill.errors import InvalidInput
 
@@ -31,7 +31,7 @@ MOST_QUERIES = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Gates(Printed):
+class Gates(PrintedResult):
     """What a new space must show before a collection moves to it. A gate that is None is left out."""
 
     missing: int = 0
@@ -67,7 +67,7 @@ class Gates(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class CollectionMeasurement:
     """What was measured of a collection in its old and its new space. None stands for what could not be measured."""
 
     chunks: int
@@ -97,7 +97,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class GateResult(Printed):
+class GateResult(PrintedResult):
     """What one gate says."""
 
     name: str
@@ -110,7 +110,7 @@ class GateResult(Printed):
     sentence: str
 
 
-def check(gates: Gates, measured: Measured) -> list[GateResult]:
+def check(gates: Gates, measured: CollectionMeasurement) -> list[GateResult]:
     """What each gate says of what was measured, in a fixed order. A space may go on if all of them are passed."""
     results = [_coverage(gates, measured)]
     if gates.canary:
@@ -130,7 +130,7 @@ def all_passed(results: Sequence[GateResult]) -> bool:
     return all(result.passed for result in results)
 
 
-def _coverage(gates: Gates, measured: Measured) -> GateResult:
+def _coverage(gates: Gates, measured: CollectionMeasurement) -> GateResult:
     missing = measured.missing
     passed = missing <= gates.missing
     if not missing:
@@ -144,7 +144,7 @@ def _coverage(gates: Gates, measured: Measured) -> GateResult:
     return GateResult("coverage", passed, float(missing), float(gates.missing), sentence)
 
 
-def _canary(measured: Measured) -> GateResult:
+def _canary(measured: CollectionMeasurement) -> GateResult:
     if measured.canary is None:
         return GateResult("canary", True, None, None, "The new space is a provider's, which embeds no golden texts.")
     if measured.canary:
@@ -154,7 +154,7 @@ def _canary(measured: Measured) -> GateResult:
     return GateResult("canary", False, 0.0, 1.0, sentence)
 
 
-def _recall(least: float, measured: Measured) -> GateResult:
+def _recall(least: float, measured: CollectionMeasurement) -> GateResult:
     if measured.recall is None:
         return _unmeasured("recall", least, measured)
     passed = measured.recall >= least
@@ -167,7 +167,7 @@ def _recall(least: float, measured: Measured) -> GateResult:
     return GateResult("recall", passed, measured.recall, least, sentence)
 
 
-def _quality(loss: float, fewest: int, measured: Measured) -> GateResult:
+def _quality(loss: float, fewest: int, measured: CollectionMeasurement) -> GateResult:
     n = len(measured.new_ndcg)
     if n != len(measured.old_ndcg):
         raise ValueError(f"{len(measured.old_ndcg)} queries were judged in the old space and {n} in the new one")
@@ -204,7 +204,7 @@ def _what_it_takes(differences: np.ndarray[tuple[int], np.dtype[np.float64]], lo
     )
 
 
-def _speed(most: float, measured: Measured) -> GateResult:
+def _speed(most: float, measured: CollectionMeasurement) -> GateResult:
     if measured.new_p95 is None or measured.old_p95 is None:
         return _unmeasured("p95", most, measured)
     ratio = measured.new_p95 / measured.old_p95 if measured.old_p95 > 0 else math.inf
@@ -216,14 +216,14 @@ def _speed(most: float, measured: Measured) -> GateResult:
     return GateResult("p95", ratio <= most, ratio, most, sentence)
 
 
-def _price(most: Decimal, measured: Measured) -> GateResult:
+def _price(most: Decimal, measured: CollectionMeasurement) -> GateResult:
     if measured.price is None:
         return _unmeasured("price", float(most), measured)
     sentence = f"A million tokens cost {measured.price:f} USD in the new space; {most:f} USD are allowed."
     return GateResult("price", measured.price <= most, float(measured.price), float(most), sentence)
 
 
-def _unmeasured(name: str, limit: float, measured: Measured) -> GateResult:
+def _unmeasured(name: str, limit: float, measured: CollectionMeasurement) -> GateResult:
     return GateResult(name, False, None, limit, measured.unmeasured.get(name, "It was not measured."))
 
 

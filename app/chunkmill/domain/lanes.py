@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.states import Route
 
 PAID_ROUTES = (Route.OPENAI, Route.OPENAI_SYNC)
@@ -27,7 +27,7 @@ def _moment(at: datetime) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Lane(Printed):
+class Lane(PrintedResult):
     """A paid route with its present state.
 
     A pause ends by itself, at ``paused_until``; a stop lasts until somebody resumes the lane. ``held_reason`` says why

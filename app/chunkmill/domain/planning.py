@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from chunkmill.domain.chunks import PreparedChunk
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.spaces import OnLong
 
 
 @dataclass(frozen=True, slots=True)
-class DeadChunk(Printed):
+class DeadChunk(PrintedResult):
     """A chunk that got no vector, and the reason."""
 
     chunk_id: str
@@ -36,7 +36,7 @@ class WindowPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergeCounts:
     """How the chunks of an enqueue met their collection."""
 
     new: int = 0

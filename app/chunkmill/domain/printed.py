@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
-class _Printed:
+class _PrintedResult:
     """Prints the tables of ``_tables``."""
 
     __slots__ = ()
@@ -40,7 +40,7 @@ class _Printed:
         printer.text(repr(self) if is_inside else str(self))
 
 
-class Printed(_Printed):
+class PrintedResult(_PrintedResult):
     """A result that prints as a list of its fields. ``repr`` stays on one line, for logs and debuggers."""
 
     __slots__ = ()
@@ -48,7 +48,7 @@ class Printed(_Printed):
     def __init_subclass__(cls) -> None:
         # IPython takes the first of the two that it meets on its way up, and a dataclass has a __repr__ of its own.
         super().__init_subclass__()
-        cls._repr_pretty_ = _Printed._repr_pretty_  # type: ignore[method-assign]
+        cls._repr_pretty_ = _PrintedResult._repr_pretty_  # type: ignore[method-assign]
 
     def _tables(self) -> Sequence[Table]:
         from chunkmill.domain import views
@@ -56,7 +56,7 @@ class Printed(_Printed):
         return views.of_one(self)
 
 
-class Rows(_Printed, list[Item], Generic[Item]):
+class Rows(_PrintedResult, list[Item], Generic[Item]):
     """A list of results that prints as a table. It is a list in all else; a slice of it prints as a table too."""
 
     __slots__ = ("_of",)

@@ -17,7 +17,7 @@ from typing import Any
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.costs import LaneEstimate
 from chunkmill.domain.gates import GateResult, Gates
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidInput
 
@@ -141,7 +141,7 @@ def _require_number(argument: str, given: object, *, most: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Coverage(Printed):
+class Coverage(PrintedResult):
     """How much of a collection has a vector in a space, when it was last counted."""
 
     chunks: int
@@ -162,7 +162,7 @@ class Coverage(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class ServedBy(Printed):
+class ServedBy(PrintedResult):
     """What the searches of one space of a collection were like since a moment, without their texts."""
 
     space: str
@@ -182,7 +182,7 @@ class ServedBy(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Reembedding(Printed):
+class Reembedding(PrintedResult):
     """The way of a collection from one space to another, and how far it is."""
 
     id: int
@@ -238,7 +238,7 @@ class Reembedding(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Quote(Printed):
+class Quote(PrintedResult):
     """What a re-embedding would take, before it does anything.
 
     The ``chunks`` have ``contents`` distinct texts: ``cached`` of them have a vector in the new space already,

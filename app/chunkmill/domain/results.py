@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
-from chunkmill.domain.printed import Printed, Rows
+from chunkmill.domain.printed import PrintedResult, Rows
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 from chunkmill.errors import JobFailed, ProviderBusy, ProviderSilent, ProviderStopped, elsewhere_codes
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Job(Printed):
+class Job(PrintedResult):
     """What one ``enqueue`` asked for, and how much of it is done."""
 
     id: int
@@ -121,7 +121,7 @@ def still_open(job: Job, seconds: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchHit(Printed):
+class SearchHit(PrintedResult):
     """One chunk that a search found."""
 
     score: float
@@ -141,7 +141,7 @@ class SearchHit(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class SearchCounts(Printed):
+class SearchCounts(PrintedResult):
     """How the searches of a collection went in one of its spaces. Searches with a ``session`` are counted."""
 
     space: str
@@ -163,7 +163,7 @@ class SearchCounts(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Keywords(Printed):
+class Keywords(PrintedResult):
     """The keywords of a collection, which hybrid searches read."""
 
     collection: str
@@ -178,7 +178,7 @@ class Keywords(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class GoldenLoaded(Printed):
+class GoldenLoaded(PrintedResult):
     """What was read from the files of a golden set."""
 
     queries: int
@@ -192,7 +192,7 @@ class GoldenLoaded(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class SearchTuning(Printed):
+class SearchTuning(PrintedResult):
     """What the golden queries of a collection say about hybrid search, and what was chosen.
 
     Each nDCG@10 is a mean over the queries, from 0.0 to 1.0.
@@ -232,7 +232,7 @@ class SearchTuning(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class SearchPlan(Printed):
+class SearchPlan(PrintedResult):
     """How a search was answered. It is made if the search is asked to explain itself."""
 
     is_exact: bool
@@ -285,7 +285,7 @@ class Hits(Rows[SearchHit]):
 
 
 @dataclass(frozen=True, slots=True)
-class Audit(Printed):
+class Audit(PrintedResult):
     """The anti-join of a collection's chunks against its space's vectors: the chunks that have no vector."""
 
     collection: str
@@ -331,7 +331,7 @@ class Standing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class DeadEntry(Printed):
+class DeadEntry(PrintedResult):
     """One entry of the dead list: a chunk that got no vector in a job, and the reason."""
 
     id: int
@@ -370,7 +370,7 @@ class DeadEntry(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt(Printed):
+class Attempt(PrintedResult):
     """One worker's attempt at a ChunkBatch.
 
     An attempt is recorded when the worker has its texts and its engine. One that failed or was given back earlier is
@@ -402,7 +402,7 @@ class Attempt(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class DeadDetails(Printed):
+class DeadDetails(PrintedResult):
     """Everything that is known about one dead chunk."""
 
     entry: DeadEntry
@@ -419,7 +419,7 @@ class DeadDetails(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class RetriedDead(Printed):
+class RetriedDead(PrintedResult):
     """What a retry of dead chunks did."""
 
     jobs: tuple[int, ...]
@@ -433,7 +433,7 @@ class RetriedDead(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class DroppedDead(Printed):
+class DroppedDead(PrintedResult):
     """What a drop of dead chunks did."""
 
     jobs: tuple[int, ...]
@@ -450,7 +450,7 @@ PROVIDER_WAITS = frozenset(kind.code for kind in (ProviderBusy, ProviderSilent, 
 
 
 @dataclass(frozen=True, slots=True)
-class FailingChunkBatch(Printed):
+class FailingChunkBatch(PrintedResult):
     """A ChunkBatch whose last attempt failed: it is ``discarded``, or it is open and will be tried again."""
 
     id: int
@@ -483,7 +483,7 @@ class FailingChunkBatch(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class RoutingStep(Printed):
+class RoutingStep(PrintedResult):
     """One choice of a route for a job: when it was made, and why."""
 
     at: datetime
@@ -492,7 +492,7 @@ class RoutingStep(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class OpenWork(Printed):
+class OpenWork(PrintedResult):
     """The open ChunkBatches of one route and state."""
 
     route: Route
@@ -508,7 +508,7 @@ class OpenWork(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class JobProviderBatch(Printed):
+class JobProviderBatch(PrintedResult):
     """A ProviderBatch that has, or had, contents of the job."""
 
     id: int
@@ -525,7 +525,7 @@ class JobProviderBatch(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned(Printed):
+class Abandoned(PrintedResult):
     """What was done to let go of a ProviderBatch."""
 
     provider_batch_id: int
@@ -536,7 +536,7 @@ class Abandoned(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation(Printed):
+class Explanation(PrintedResult):
     """Where a job's work is, and what it waits for."""
 
     job_id: int
@@ -556,7 +556,7 @@ class Explanation(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Index(Printed):
+class Index(PrintedResult):
     """What serves the searches of a collection: segments, and a tail of what came since they were built."""
 
     is_ready: bool

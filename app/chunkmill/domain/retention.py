@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 from chunkmill.errors import InvalidInput
 
 OnProgress = Callable[[str, int, int], None]
@@ -30,7 +30,7 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
-class Pruned(Printed):
+class Pruned(PrintedResult):
     """What a prune or an eviction deleted."""
 
     dry_run: bool
@@ -52,7 +52,7 @@ class Pruned(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class CacheSpace(Printed):
+class CacheSpace(PrintedResult):
     """The vectors of one space, and how often an enqueue found the vectors that it needed.
 
     Hits are counted over the jobs that are in the ledger. A prune deletes older ones.
@@ -107,7 +107,7 @@ def as_age(argument: str, given: object) -> timedelta:
 
 
 @dataclass(frozen=True, slots=True)
-class QueryCache(Printed):
+class QueryCache(PrintedResult):
     """What a client keeps of the vectors that it has asked for, and how often that helped."""
 
     hits: int

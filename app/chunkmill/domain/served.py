@@ -54,7 +54,7 @@ class ServedState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class BatchOrder:
     """What the request that made a batch asked for. ``seconds`` are those of ``window``, such as ``24h``."""
 
     endpoint: str

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.domain.printed import Printed
+from chunkmill.domain.printed import PrintedResult
 
 
 class ChunkState(StrEnum):
@@ -28,7 +28,7 @@ class ChunkState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredChunk(Printed):
+class StoredChunk(PrintedResult):
     """One chunk of a collection, as it was at one moment."""
 
     id: str
@@ -51,7 +51,7 @@ EXPORTED = frozenset(("id", "text", "metadata", "vector", "truncated", "content_
 
 
 @dataclass(frozen=True, slots=True)
-class Exported(Printed):
+class Exported(PrintedResult):
     """What an export wrote."""
 
     path: Path

@@ -67,7 +67,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Marked:
+class MarkedValue:
     """A value with the form in which it is shown."""
 
     value: object
@@ -77,7 +77,7 @@ class Marked:
 def table_of(columns: Sequence[Column], items: Sequence[object], *, title: str = "") -> Table:
     """The table of the first items, with a row for each."""
     first = items[:MAX_ROWS]
-    rows = tuple(tuple(Marked(getattr(item, c.name), c.form) for c in columns) for item in first)
+    rows = tuple(tuple(MarkedValue(getattr(item, c.name), c.form) for c in columns) for item in first)
     return Table(tuple(c.head for c in columns), rows, title, len(items) - len(first))
 
 
@@ -96,7 +96,7 @@ def as_text(tables: Iterable[Table], *, otherwise: str, width: int | None = None
 
 def text_of(value: object) -> str:
     """A value as a cell shows it, with its line breaks, and without characters that steer a terminal."""
-    if isinstance(value, Marked):
+    if isinstance(value, MarkedValue):
         return _text_of(value.value, value.form)
     return _text_of(value, "")
 
@@ -129,7 +129,7 @@ def _text_of(value: object, form: str) -> str:
 
 def is_number(value: object) -> bool:
     """Whether a cell stands to the right."""
-    if isinstance(value, Marked):
+    if isinstance(value, MarkedValue):
         value = value.value
     return isinstance(value, Real | Decimal) and not isinstance(value, bool)
 

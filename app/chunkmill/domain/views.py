@@ -22,7 +22,7 @@ from chunkmill.domain.results import (
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.stored import StoredChunk
-from chunkmill.domain.tables import ID, PERCENT, Column, Marked, Table, table_of
+from chunkmill.domain.tables import ID, PERCENT, Column, MarkedValue, Table, table_of
 
 _FORMS = {
     "id": ID,
@@ -112,7 +112,7 @@ def of_one(result: object) -> list[Table]:
         elif isinstance(result, Pruned) and isinstance(value, Mapping):
             further.append(Table((_head(name), "rows", "bytes"), tuple((k, v.rows, v.bytes) for k, v in value.items())))
         elif not isinstance(value, tuple) or value:
-            fields.append((_head(name), Marked(value, _FORMS.get(name, ""))))
+            fields.append((_head(name), MarkedValue(value, _FORMS.get(name, ""))))
     if isinstance(result, Costs):
         return [*further, Table((), tuple(fields))]
     return [Table((), tuple(fields)), *further]

@@ -23,7 +23,7 @@ from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.keys import key_in
 from chunkmill.gateway.paths import RawRoute
 from chunkmill.gateway.routes import all_endpoints
-from chunkmill.gateway.watching import Watched
+from chunkmill.gateway.watching import WatchedApp
 from chunkmill.ledger.access import spends
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Watched, gateway=gateway)],
+        middleware=[Middleware(WatchedApp, gateway=gateway)],
         exception_handlers={HTTPException: _http_refusal},
     )
     # A redirect would lead to the address in the Host header, which anybody can write, and drop the key.

@@ -11,7 +11,7 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 
-class Batching(Generic[Question, Answer]):
+class QuestionBatcher(Generic[Question, Answer]):
     """``await batching(question)`` calls ``function`` in a thread, with all questions that came while it last ran.
 
     ``function`` gives as many answers as it got questions, in their order. If it raises, all of them get the error. It

@@ -1,7 +1,7 @@
 """What every route that returns vectors does: read what is asked, let workers embed it, and shape the vectors.
 
-The routes differ in the names of their fields and in the form of their answers. They make an :class:`Asked` of a body,
-and write the :class:`Answered` that :func:`embed` returns.
+The routes differ in the names of their fields and in the form of their answers. They make an :class:`EmbeddingCall` of
+a body, and write the :class:`EmbeddingAnswer` that :func:`embed` returns.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ KINDS: Final[Mapping[str, Kind]] = {
 """What peers call the two kinds of text. Cohere's other two are about texts alone, without a query."""
 
 
-class Cut(Enum):
+class CutSide(Enum):
     """What to do with a text that has more tokens than the model reads."""
 
     END = "its end"
@@ -66,17 +66,17 @@ class Cut(Enum):
     """Refuse it, because only ends are cut here."""
 
 
-CUTS: Final[Mapping[str, Cut]] = {
-    "end": Cut.END,
-    "right": Cut.END,
-    "none": Cut.NOTHING,
-    "start": Cut.START,
-    "left": Cut.START,
+CUTS: Final[Mapping[str, CutSide]] = {
+    "end": CutSide.END,
+    "right": CutSide.END,
+    "none": CutSide.NOTHING,
+    "start": CutSide.START,
+    "left": CutSide.START,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EmbeddingCall:
     """What a request asks for. ``param`` is the field that its texts came in."""
 
     texts: list[str]
@@ -85,7 +85,7 @@ class Asked:
     """None for the default model."""
     kind: Kind = "document"
     dimensions: int | None = None
-    cut: Cut = Cut.END
+    cut: CutSide = CutSide.END
     to_unit_length: bool = False
     """Bring the vectors to length 1 also if the model does not."""
     seconds: float | None = None
@@ -95,7 +95,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answered:
+class EmbeddingAnswer:
     """``model`` is the model under the name that was asked for. Everything else is in the order of the texts."""
 
     model: ServedModel
@@ -134,7 +134,7 @@ def seconds_field(body: Mapping[str, Any]) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-async def embed(gateway: Gateway, caller: Caller, asked: Asked) -> Answered:
+async def embed(gateway: Gateway, caller: Caller, asked: EmbeddingCall) -> EmbeddingAnswer:
     """Let workers embed what is asked.
 
     Raises :class:`Refusal`, and errors of ``chunkmill.errors``.
@@ -159,7 +159,7 @@ async def embed(gateway: Gateway, caller: Caller, asked: Asked) -> Answered:
     except WaitTimeout:
         raise await _late(gateway, model, seconds) from None
     truncated = np.flatnonzero(embedded.truncated).tolist()
-    if truncated and asked.cut is not Cut.END:
+    if truncated and asked.cut is not CutSide.END:
         raise _too_long(asked, model, truncated)
     spec = embedded.spec or model.spec
     vectors = embedded.vectors
@@ -168,7 +168,7 @@ async def embed(gateway: Gateway, caller: Caller, asked: Asked) -> Answered:
         spec = replace(spec, dimensions=asked.dimensions)
     if asked.to_unit_length and not spec.normalize:
         vectors = to_unit_length(vectors)
-    return Answered(
+    return EmbeddingAnswer(
         model,
         np.ascontiguousarray(vectors, "<f4"),
         int(embedded.tokens.sum()),
@@ -184,16 +184,16 @@ def _fingerprint(spec: SpaceSpec) -> str:
     return spec.fingerprint
 
 
-def _require_words(asked: Asked) -> None:
+def _require_words(asked: EmbeddingCall) -> None:
     for i, text in enumerate(asked.texts):
         if not text or text.isspace():
             raise invalid(f"{asked.param}[{i}]", "is empty, which this model's provider refuses.", "empty_input")
 
 
-def _too_long(asked: Asked, model: ServedModel, truncated: list[int]) -> Refusal:
+def _too_long(asked: EmbeddingCall, model: ServedModel, truncated: list[int]) -> Refusal:
     shown = ", ".join(f"{asked.param}[{i}]" for i in truncated[:10])
     more = f" and {len(truncated) - 10:,} more" if len(truncated) > 10 else ""
-    how = "texts are cut at their ends only" if asked.cut is Cut.START else "the request says not to cut texts"
+    how = "texts are cut at their ends only" if asked.cut is CutSide.START else "the request says not to cut texts"
     return Refusal(
         400,
         "invalid_input",

@@ -21,7 +21,7 @@ from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.spaces import collections, serving
-from chunkmill.spaces.serving import Served
+from chunkmill.spaces.serving import ServedCollection
 
 Result = TypeVar("Result")
 
@@ -44,14 +44,14 @@ def seen_by(conn: sa.Connection, caller: Caller) -> dict[str, int] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class VisibleCollection:
     """A collection by its own name, the fingerprint of its space, and the name of its model."""
 
     id: int
     name: str
     space: str
     model: str
-    served: Served | None = None
+    served: ServedCollection | None = None
     """The spaces that answer its searches; None if only a newer release can read the active one."""
 
     def model_for(self, *, session: str | None, space: str | None) -> str:
@@ -61,25 +61,25 @@ class Seen:
         return (self.served.of_session(session or "") if space is None else self.served.named(space)).spec.model
 
 
-async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
+async def collection(gateway: Gateway, caller: Caller, name: str) -> VisibleCollection:
     """The collection of this name or alias. Raises :class:`NotFound` if the caller may not see it."""
     require_name("collection", name)
 
-    def work(conn: sa.Connection) -> Seen:
+    def work(conn: sa.Connection) -> VisibleCollection:
         try:
             served = serving.find(conn, name)
         except NewerSpace:
             return of_newer_space(conn)
         _require_seen(served.id, seen_by(conn, caller), name)
         spec = served.active.spec
-        return Seen(served.id, served.name, spec.fingerprint, spec.model, served)
+        return VisibleCollection(served.id, served.name, spec.fingerprint, spec.model, served)
 
-    def of_newer_space(conn: sa.Connection) -> Seen:
+    def of_newer_space(conn: sa.Connection) -> VisibleCollection:
         row = collections.find(conn, name)
         _require_seen(row.id, seen_by(conn, caller), name)
         query = sa.text("SELECT fingerprint, spec ->> 'model' AS model FROM spaces WHERE id = :id")
         space = conn.execute(query, {"id": row.space_id}).one()
-        return Seen(row.id, row.name, space.fingerprint, space.model)
+        return VisibleCollection(row.id, row.name, space.fingerprint, space.model)
 
     return await read(gateway, work)
 

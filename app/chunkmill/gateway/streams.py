@@ -135,7 +135,7 @@ class Streams:
             asyncio.get_running_loop().call_soon(watch.tell)
 
 
-class Streamed(StreamingResponse):
+class StreamedResponse(StreamingResponse):
     """An answer of any length. It ends early if its reader has gone or takes nothing any more, and then calls ``ends``.
 
     The first part is made before the answer begins, so that an error in it is still an answer with a status.
@@ -162,7 +162,7 @@ class Streamed(StreamingResponse):
         media_type: str,
         ends: Callable[[], object] = lambda: None,
         headers: Mapping[str, str] | None = None,
-    ) -> Streamed:
+    ) -> StreamedResponse:
         try:
             first = await anext(parts, None)
         except BaseException:

@@ -30,7 +30,7 @@ SLOWEST_BYTES = 16 * 1024
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 
-class Watched:
+class WatchedApp:
     """``app`` with all that. Handlers find the exchange of their request by ``exchange.current()``."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:

@@ -63,7 +63,7 @@ class EmbedRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class ClaimedRequests:
     """``is_all`` says whether nothing was left that the claim was allowed to take. ``requests`` are in the order in
     which they should be answered."""
 
@@ -72,7 +72,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class EmbedAnswer:
     """The vectors of a request: ``vectors`` is ``(n, d)`` float32 in the order of its texts."""
 
     request_id: int
@@ -176,7 +176,7 @@ def claim_some(
     spaces: Sequence[int] | None = None,
     min_age_s: float = 0.0,
     lease_seconds: float = LEASE_SECONDS,
-) -> Claimed:
+) -> ClaimedRequests:
     """Lease the most urgent open requests, and return them. Each of several workers gets others (SKIP LOCKED).
 
     Together they have at most ``most_texts`` texts and ``most_tokens`` tokens, as estimated from their characters; the
@@ -200,8 +200,8 @@ def claim_some(
     if not has_columns(conn, "urgency"):
         row = conn.execute(_CLAIM_NEXT, parameters).one_or_none()
         if row is None:
-            return Claimed((), is_all=True)
-        return Claimed(
+            return ClaimedRequests((), is_all=True)
+        return ClaimedRequests(
             (EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until, row.attempts),),
             is_all=False,
         )
@@ -220,7 +220,7 @@ def claim_some(
     is_all = not rows or len(rows) == rows[0].found
     if not is_all:
         conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
-    return Claimed(
+    return ClaimedRequests(
         tuple(
             EmbedRequest(
                 row.id,
@@ -402,7 +402,7 @@ GROUP BY part
 """)
 
 
-def answer_all(conn: sa.Connection, answers: Sequence[Answered]) -> None:
+def answer_all(conn: sa.Connection, answers: Sequence[EmbedAnswer]) -> None:
     """Store the vectors of many requests, and tell their callers with one notification when the transaction commits.
 
     They count even if a lease was lost. What was withdrawn stays away.
@@ -436,7 +436,7 @@ def answer(
     truncated: NDArray[np.bool_] | None = None,
 ) -> None:
     """Store the vectors of one request, as :func:`answer_all` does."""
-    answer_all(conn, [Answered(request_id, vectors, tokens, truncated)])
+    answer_all(conn, [EmbedAnswer(request_id, vectors, tokens, truncated)])
 
 
 def tell(conn: sa.Connection, request_ids: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from chunkmill.db.connect import raw
 from chunkmill.domain import gates as gating
 from chunkmill.domain.comparing import JUDGED, Changes, Question, Side, as_json, changes, unit, with_stand_in
 from chunkmill.domain.costs import machine_usd
-from chunkmill.domain.gates import GateResult, Gates, Measured
+from chunkmill.domain.gates import CollectionMeasurement, GateResult, Gates
 from chunkmill.domain.prices import MILLION
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.states import ChunkBatchState
@@ -60,7 +60,7 @@ class Stopped(Exception):
 class Judgement:
     """What was measured, what the gates say of it, and how the rankings differ (None if no query could be judged)."""
 
-    measured: Measured
+    measured: CollectionMeasurement
     results: tuple[GateResult, ...]
     changes: Changes | None
     titles: int = 0
@@ -131,7 +131,7 @@ def judge(
             unmeasured.setdefault("p95", "There is no golden query that could be timed.")
         if not recalls:
             unmeasured.setdefault("recall", "The new space has no vector that could be searched for.")
-    result = Measured(
+    result = CollectionMeasurement(
         chunks=chunks,
         missing=missing,
         dead=dead,

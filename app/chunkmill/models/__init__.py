@@ -18,7 +18,7 @@ from chunkmill.models.kept import read_or_keep
 from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, cache_advice, locate_folder
 from chunkmill.models.matryoshka import check_dimensions, known_sizes
 from chunkmill.models.modules import DenseLayer, LayerNormLayer
-from chunkmill.models.names import Given, prompt_of, split_name, without_given
+from chunkmill.models.names import NameOptions, prompt_of, split_name, without_given
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -113,7 +113,7 @@ def resolve_model(
     return _with_queries_of(model, queries.query or queries, given)
 
 
-def _with_queries_of(model: ModelFolder, queries: ModelFolder, given: Given) -> ModelFolder:
+def _with_queries_of(model: ModelFolder, queries: ModelFolder, given: NameOptions) -> ModelFolder:
     """``model`` for documents and ``queries`` for queries. Raises UnknownModel if their vectors have other lengths."""
     full = model.spec.dimensions
     if queries.spec.dimensions != full:
@@ -186,7 +186,7 @@ def cut_space(full: SpaceSpec, dimensions: int, *, trust: Trust = _NO_TRUST) -> 
     return replace(full, dimensions=check_dimensions(full.model, full.dimensions, dimensions, sizes, trusted=trusted))
 
 
-def _prompts_of(given: Given) -> Given:
+def _prompts_of(given: NameOptions) -> NameOptions:
     """The part of ``given`` for which the files of the default model need not be read."""
     return replace(given, pooling=None, task=None, query_task=None, query_model=None)
 

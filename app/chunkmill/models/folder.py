@@ -20,7 +20,7 @@ from chunkmill.models.digest import revision
 from chunkmill.models.files import broken, read_object, unsupported
 from chunkmill.models.matryoshka import check_dimensions, stated_sizes
 from chunkmill.models.modules import WITHOUT_EFFECT, Entry, Module, listed_modules, read_module, read_pooling
-from chunkmill.models.names import NOTHING, Given, prompt_of
+from chunkmill.models.names import NOTHING, NameOptions, prompt_of
 from chunkmill.models.routers import modules_of, router_files
 from chunkmill.models.static import read_static
 from chunkmill.models.transformer import hidden_size, max_tokens, read_config, read_sentence_config
@@ -45,7 +45,7 @@ class ModelOptions:
     """Its Python files may be run."""
     matryoshka: bool = False
     """It was trained for any number of dimensions."""
-    given: Given = NOTHING
+    given: NameOptions = NOTHING
     """What its name says beside which model it is."""
 
 

@@ -28,7 +28,7 @@ _ADAPTER: Final = re.compile(r"[\w-][\w.-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class NameOptions:
     """What stands behind the question mark of a name; None for what does not."""
 
     prompts: str | None = None
@@ -49,11 +49,11 @@ class Given:
     """The name of the model for queries, whose vectors are in the same space."""
 
 
-_KEYS: Final = tuple(field.name for field in fields(Given))
-NOTHING: Final = Given()
+_KEYS: Final = tuple(field.name for field in fields(NameOptions))
+NOTHING: Final = NameOptions()
 
 
-def split_name(name: str) -> tuple[str, Given]:
+def split_name(name: str) -> tuple[str, NameOptions]:
     """The name of the model alone, and what is given with it. Raises UnknownModel for what cannot be read.
 
     Values are encoded as in a URL: a space is ``+`` or ``%20``. The folder of a model may have a question mark in its
@@ -75,7 +75,7 @@ def split_name(name: str) -> tuple[str, Given]:
         raise UnknownModel(
             f"model {name!r}: {wrong[0]!r} behind the ? is unknown or is there twice; the keys are {', '.join(_KEYS)}"
         )
-    given = Given(**dict(pairs))
+    given = NameOptions(**dict(pairs))
     _check(name, given)
     return base, given
 
@@ -92,7 +92,7 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def prompt_of(name: str, side: str, given: Given, own: Mapping[str, str]) -> str | None:
+def prompt_of(name: str, side: str, given: NameOptions, own: Mapping[str, str]) -> str | None:
     """The prompt that ``given`` names for ``side``, which is ``query`` or ``document``; None if it names none.
 
     ``own`` are the prompts of the folder, by their names. Raises UnknownModel for a name that it does not have.
@@ -112,7 +112,7 @@ def prompt_of(name: str, side: str, given: Given, own: Mapping[str, str]) -> str
     return None if given.prompts is None else PROMPTS[given.prompts][side != "query"]
 
 
-def _check(name: str, given: Given) -> None:
+def _check(name: str, given: NameOptions) -> None:
     if given.prompts is not None and given.prompts not in PROMPTS:
         raise UnknownModel(
             f"model {name!r}: prompts={given.prompts} does not exist; it is one of {', '.join(PROMPTS)}. Give other "

@@ -19,7 +19,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import indexing, keywords, segments
-from chunkmill.store.indexing import Built
+from chunkmill.store.indexing import BuiltSegment
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,11 @@ class Indexer:
         return self._build_all("merge", self._merge, steps, stop)
 
     def _build_all(
-        self, name: str, build: Callable[[Space, int], Built | None], steps: Steps, stop: threading.Event | None = None
+        self,
+        name: str,
+        build: Callable[[Space, int], BuiltSegment | None],
+        steps: Steps,
+        stop: threading.Event | None = None,
     ) -> int:
         n_built = 0
         for collection_id, space in (
@@ -89,7 +93,7 @@ class Indexer:
                 )  # fmt: skip
         return n_built
 
-    def _try(self, what: str, build: Callable[[], Built | None], steps: Steps) -> Built | None:
+    def _try(self, what: str, build: Callable[[], BuiltSegment | None], steps: Steps) -> BuiltSegment | None:
         """What ``build`` built; None if it had nothing to do, failed, or failed so lately that it is not tried."""
         until, pause = self._failed.get(what, (0.0, FIRST_PAUSE_S / 2))
         if time.monotonic() < until:
@@ -133,10 +137,10 @@ class Indexer:
             spaces = {space_id: registry.get_if_readable(conn, space_id) for _, space_id in wanted}
         return [(collection_id, space) for collection_id, space_id in wanted if (space := spaces[space_id])]
 
-    def _flush(self, space: Space, collection_id: int) -> Built | None:
+    def _flush(self, space: Space, collection_id: int) -> BuiltSegment | None:
         return indexing.flush(self._db, space, collection_id)
 
-    def _merge(self, space: Space, collection_id: int) -> Built | None:
+    def _merge(self, space: Space, collection_id: int) -> BuiltSegment | None:
         return indexing.merge(
             self._db,
             space,

@@ -12,7 +12,7 @@ from chunkmill.errors import GatewayUnavailable
 from chunkmill.remote.reading import Unreadable
 from chunkmill.remote.refusals import Failure, failure_of, failure_of_silence
 from chunkmill.remote.servers import Server
-from chunkmill.remote.steps import Answer, Open, Opened, Pause, Request, Send, Steps, Unanswered, Work
+from chunkmill.remote.steps import Answer, OpenAnswer, OpenStep, Pause, Request, Send, Steps, Unanswered, Work
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
 
 
-class Asking:
+class RemoteCalls:
     """What the verbs share: the servers and how they are asked."""
 
     def __init__(self, server: Server, fallback: Server | None, timeout: float) -> None:
@@ -49,12 +49,12 @@ class Asking:
             )
         )
 
-    def _open(self, make: Callable[[float], Request], *, deadline: float) -> Steps[Opened]:
+    def _open(self, make: Callable[[float], Request], *, deadline: float) -> Steps[OpenAnswer]:
         """The answer to ``make(seconds)``, whose body is still to be read."""
 
-        def attempt() -> Steps[Opened | Failure]:
+        def attempt() -> Steps[OpenAnswer | Failure]:
             try:
-                opened: Answer | Opened = yield Open(self._server, make(self._left(deadline)))
+                opened: Answer | OpenAnswer = yield OpenStep(self._server, make(self._left(deadline)))
             except Unanswered as silence:
                 return failure_of_silence(silence, self._server.name)
             if isinstance(opened, Answer):

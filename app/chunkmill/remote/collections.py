@@ -31,11 +31,11 @@ from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Audit, DeadEntry, Hits, SearchHit, SearchPlan
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput
-from chunkmill.remote.asking import Asking, told_timeout_ms, unreadable
+from chunkmill.remote.asking import RemoteCalls, told_timeout_ms, unreadable
 from chunkmill.remote.http import IN_FLIGHT
 from chunkmill.remote.reading import Unreadable, parse, parse_object, read, read_list
 from chunkmill.remote.refusals import failure_of_silence
-from chunkmill.remote.steps import Give, Items, Read, Request, Steps, Together, Unanswered
+from chunkmill.remote.steps import Give, Items, ReadStep, Request, Steps, Together, Unanswered
 
 MAX_K = 1_000
 MAX_OFFSET = 100_000
@@ -54,7 +54,7 @@ LONGEST_BLOCK = 64 * 1024 * 1024
 STALL_SECONDS = 60.0
 
 
-class Collections(Asking):
+class Collections(RemoteCalls):
     """The verbs that are about collections."""
 
     def search(
@@ -338,7 +338,7 @@ class Collections(Asking):
         opened = yield from self._open(make, deadline=self._deadline())
         blocks = _Blocks()
         while not blocks.is_complete:
-            piece: bytes | None = yield Read(opened, STALL_SECONDS)
+            piece: bytes | None = yield ReadStep(opened, STALL_SECONDS)
             if piece is None:
                 raise Unanswered("hung up before its answer was complete.")
             for ids, rows in blocks.add(piece):

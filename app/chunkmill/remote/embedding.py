@@ -16,7 +16,7 @@ from chunkmill.domain.arguments import as_items, as_number, as_seconds, as_text
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.errors import GatewayUnavailable, InvalidInput, SpaceMismatch
-from chunkmill.remote.asking import LONG_WORK_BYTES, Asking, told_timeout_ms
+from chunkmill.remote.asking import LONG_WORK_BYTES, RemoteCalls, told_timeout_ms
 from chunkmill.remote.http import IN_FLIGHT
 from chunkmill.remote.reading import Unreadable, parse_object, read_vector
 from chunkmill.remote.refusals import Failure
@@ -47,7 +47,7 @@ PROBES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ModelChoice:
     """Everything that decides which space the vectors are of. Of one value, all vectors are of one space."""
 
     model: str | None
@@ -58,25 +58,25 @@ class Asked:
 class Call:
     """One call of ``embed``. ``deadline`` is by the clock."""
 
-    asked: Asked
+    asked: ModelChoice
     kind: str
     deadline: float
 
 
-class Embedding(Asking):
+class Embedding(RemoteCalls):
     """The verbs that return vectors of texts."""
 
     def __init__(self, server: Server, fallback: Server | None, timeout: float) -> None:
         super().__init__(server, fallback, timeout)
         self._lock = threading.Lock()
         self._most: int | None = None
-        self._spaces: dict[Asked, str] = {}
+        self._spaces: dict[ModelChoice, str] = {}
         """Which space the vectors of earlier answers were of."""
-        self._probes: dict[Asked, NDArray[np.float32]] = {}
+        self._probes: dict[ModelChoice, NDArray[np.float32]] = {}
         """The first server's vectors of ``PROBES``, with which those of the fallback are compared."""
-        self._learning: set[Asked] = set()
+        self._learning: set[ModelChoice] = set()
         """For which of them some call asks for the probes now."""
-        self._checked: set[Asked] = set()
+        self._checked: set[ModelChoice] = set()
         """For which of them the fallback has shown that it computes the same."""
 
     def embed(
@@ -112,7 +112,7 @@ class Embedding(Asking):
         timeout, given = as_seconds("timeout", timeout), list(as_items("texts", texts))
         is_long = len(given) > REQUEST_TEXTS
         yield Work(partial(require_texts, given), is_long)
-        asked = Asked(
+        asked = ModelChoice(
             None if model is None else as_text("model", model),
             None if dimensions is None else as_number("dimensions", dimensions, least=1),
         )
@@ -139,7 +139,7 @@ class Embedding(Asking):
             self._most = min(REQUEST_TEXTS, int(most)) if is_number and most else REQUEST_TEXTS
         return self._most
 
-    def _dimensions(self, asked: Asked, deadline: float) -> Steps[int]:
+    def _dimensions(self, asked: ModelChoice, deadline: float) -> Steps[int]:
         """How many dimensions the vectors of no texts have."""
         if asked.dimensions is not None:
             return asked.dimensions
@@ -249,7 +249,7 @@ class Embedding(Asking):
         self._require_space(server, call.asked, answer.headers.get(SPACE_HEADER))
         return (yield from self._read(server, answered, lambda: read_embedded(answered, len(texts))))
 
-    def _require_space(self, server: Server, asked: Asked, space: str | None) -> None:
+    def _require_space(self, server: Server, asked: ModelChoice, space: str | None) -> None:
         if not space:
             raise GatewayUnavailable(
                 f"{server.name} did not say of which space its vectors are (the header {SPACE_HEADER}), so they could "

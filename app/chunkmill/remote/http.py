@@ -14,7 +14,7 @@ from typing import Any
 from chunkmill.errors import InvalidInput, InvalidSetting, install_command
 from chunkmill.openai.wire.redaction import clean
 from chunkmill.remote.servers import Server
-from chunkmill.remote.steps import Opened, Request, Unanswered
+from chunkmill.remote.steps import OpenAnswer, Request, Unanswered
 
 try:
     import httpx2
@@ -136,7 +136,7 @@ def most_bytes(response: httpx2.Response, request: Request) -> int:
     return min(LONGEST_ERROR, request.longest) if is_error else request.longest
 
 
-class Gathered:
+class BodyBuffer:
     """The pieces of a body, up to a bound."""
 
     def __init__(self, status: int, most: int) -> None:
@@ -184,5 +184,5 @@ def unanswered(error: BaseException) -> Unanswered:
     return Unanswered(f"hung up before its answer was complete ({name}).")
 
 
-def opened(response: httpx2.Response, pieces: Any) -> Opened:
-    return Opened(response.status_code, names_of(response), (response, pieces))
+def opened(response: httpx2.Response, pieces: Any) -> OpenAnswer:
+    return OpenAnswer(response.status_code, names_of(response), (response, pieces))

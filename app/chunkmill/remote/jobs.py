@@ -28,11 +28,11 @@ from chunkmill.domain.results import Job, require_not_failed, still_open
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import GatewayUnavailable, InvalidInput, WaitTimeout
-from chunkmill.remote.asking import Asking
+from chunkmill.remote.asking import RemoteCalls
 from chunkmill.remote.lines import Lines
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.refusals import Failure
-from chunkmill.remote.steps import Drain, Pause, Request, Steps, Tell
+from chunkmill.remote.steps import Drain, Pause, Request, Steps, TellStep
 from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ LEAST_LOOK_S = 5.0
 PAGE = 1_000
 
 
-class Jobs(Asking):
+class Jobs(RemoteCalls):
     """The verbs that are about jobs."""
 
     def enqueue(
@@ -202,7 +202,7 @@ class Jobs(Asking):
             if bar is not None:
                 bar.look(job)
             if on_progress:
-                yield Tell(on_progress, job)
+                yield TellStep(on_progress, job)
             require_not_failed(job)
             if job.state.is_final:
                 if job.notice and on_hindrance is None:
@@ -215,7 +215,7 @@ class Jobs(Asking):
             if job.hindrance != hindered:
                 hindered = job.hindrance
                 if hindered:
-                    yield Tell(say, hindered)
+                    yield TellStep(say, hindered)
             yield Pause(pause if left is None else min(pause, left))
             pause = min(LONGEST_LOOK_S, pause * 1.5)
 

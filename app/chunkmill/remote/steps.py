@@ -73,16 +73,16 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
-    """Results in an :class:`Opened`, whose body is read with :class:`Read`. An answer that is an error is read at once
-    and results in an :class:`Answer`. Raises :class:`Unanswered`."""
+class OpenStep:
+    """Results in an :class:`OpenAnswer`, whose body is read with :class:`ReadStep`. An answer that is an error is read
+    at once and results in an :class:`Answer`. Raises :class:`Unanswered`."""
 
     server: Server
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenAnswer:
     """An answer whose body is still to be read. ``stream`` belongs to the runner, which closes it in the end."""
 
     status: int
@@ -91,10 +91,10 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadStep:
     """Results in the next bytes of the body, or None at its end. Raises :class:`Unanswered`."""
 
-    opened: Opened
+    opened: OpenAnswer
     seconds: float
 
 
@@ -106,7 +106,7 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class TellStep:
     """Call a function of the caller's, which may be a coroutine function, and go on."""
 
     function: Callable[[Any], object]
@@ -146,7 +146,7 @@ class Together:
     at_once: int
 
 
-Step = Send | Open | Read | Pause | Tell | Work | Drain | Give | Together
+Step = Send | OpenStep | ReadStep | Pause | TellStep | Work | Drain | Give | Together
 Steps = Generator[Step, Any, Result]
 
 

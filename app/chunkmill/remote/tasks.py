@@ -20,15 +20,15 @@ from chunkmill.remote.steps import (
     Answer,
     Drain,
     Give,
-    Open,
-    Opened,
+    OpenAnswer,
+    OpenStep,
     Pause,
-    Read,
+    ReadStep,
     Request,
     Send,
     Step,
     Steps,
-    Tell,
+    TellStep,
     Together,
     Work,
 )
@@ -98,13 +98,13 @@ class TaskRunner:
         match step:
             case Send(server, request):
                 return await self._send(server, request)
-            case Open(server, request):
+            case OpenStep(server, request):
                 return await self._open(server, request, streams)
-            case Read(opened, seconds):
+            case ReadStep(opened, seconds):
                 return await _read(opened, seconds)
             case Pause(seconds):
                 await asyncio.sleep(seconds)
-            case Tell(function, argument):
+            case TellStep(function, argument):
                 told = function(argument)
                 if inspect.isawaitable(told):
                     await told
@@ -154,7 +154,7 @@ class TaskRunner:
             self._require_open()
             raise
 
-    async def _open(self, server: Server, request: Request, streams: contextlib.AsyncExitStack) -> Answer | Opened:
+    async def _open(self, server: Server, request: Request, streams: contextlib.AsyncExitStack) -> Answer | OpenAnswer:
         try:
             async with asyncio.timeout(request.seconds):
                 response = await self._asked(server, request)
@@ -209,7 +209,7 @@ async def _closing(client: httpx2.AsyncClient) -> AsyncGenerator[None, None]:
 
 
 async def _answer(response: httpx2.Response, request: Request) -> Answer:
-    gathered = http.Gathered(response.status_code, most := http.most_bytes(response, request))
+    gathered = http.BodyBuffer(response.status_code, most := http.most_bytes(response, request))
     if most:
         async for piece in response.aiter_raw(http.PIECE_BYTES):
             if not gathered.take(piece):
@@ -217,7 +217,7 @@ async def _answer(response: httpx2.Response, request: Request) -> Answer:
     return Answer(response.status_code, http.names_of(response), gathered.body())
 
 
-async def _read(opened: Opened, seconds: float) -> bytes | None:
+async def _read(opened: OpenAnswer, seconds: float) -> bytes | None:
     _, pieces = opened.stream
     try:
         async with asyncio.timeout(seconds):

@@ -23,15 +23,15 @@ from chunkmill.remote.steps import (
     Answer,
     Drain,
     Give,
-    Open,
-    Opened,
+    OpenAnswer,
+    OpenStep,
     Pause,
-    Read,
+    ReadStep,
     Request,
     Send,
     Step,
     Steps,
-    Tell,
+    TellStep,
     Together,
     Work,
 )
@@ -86,13 +86,13 @@ class ThreadRunner:
         match step:
             case Send(server, request):
                 return self._send(server, request)
-            case Open(server, request):
+            case OpenStep(server, request):
                 return self._open(server, request, streams)
-            case Read(opened, seconds):
+            case ReadStep(opened, seconds):
                 return _read(opened, seconds)
             case Pause(seconds):
                 stopping.wait(seconds)
-            case Tell(function, argument):
+            case TellStep(function, argument):
                 function(argument)
             case Work(function):
                 return function()
@@ -161,7 +161,7 @@ class ThreadRunner:
             self._require_open()
             raise
 
-    def _open(self, server: Server, request: Request, streams: contextlib.ExitStack) -> Answer | Opened:
+    def _open(self, server: Server, request: Request, streams: contextlib.ExitStack) -> Answer | OpenAnswer:
         try:
             response = self._asked(server, request)
             if not 200 <= response.status_code < 300:
@@ -228,7 +228,7 @@ def _driven(steps: Steps[Result], do: Callable[[Step], Any]) -> Generator[Any, N
 
 
 def _answer(response: httpx2.Response, request: Request) -> Answer:
-    gathered = http.Gathered(response.status_code, most := http.most_bytes(response, request))
+    gathered = http.BodyBuffer(response.status_code, most := http.most_bytes(response, request))
     if most:
         for piece in response.iter_raw(http.PIECE_BYTES):
             if not gathered.take(piece):
@@ -236,7 +236,7 @@ def _answer(response: httpx2.Response, request: Request) -> Answer:
     return Answer(response.status_code, http.names_of(response), gathered.body())
 
 
-def _read(opened: Opened, seconds: float) -> bytes | None:
+def _read(opened: OpenAnswer, seconds: float) -> bytes | None:
     _, pieces = opened.stream
     try:
         with within(Bounds(seconds)):

@@ -32,7 +32,7 @@ class OtherSpace:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedCollection:
     """A collection and the spaces that can answer its searches."""
 
     id: int
@@ -124,7 +124,7 @@ _QUERIES = {
 }
 
 
-def find(conn: sa.Connection, name: str) -> Served:
+def find(conn: sa.Connection, name: str) -> ServedCollection:
     """The collection that has this name or this alias, and its spaces, in one statement. Raises :class:`NotFound`."""
     rows = _rows(conn, name, alias=False)
     if not rows and collections.have_lives(conn):
@@ -137,7 +137,7 @@ def find(conn: sa.Connection, name: str) -> Served:
         for row in rows[1:]
         if (space := registry.from_row_if_readable(row))
     )
-    return Served(rows[0].collection_id, rows[0].name, active, tuple(others))
+    return ServedCollection(rows[0].collection_id, rows[0].name, active, tuple(others))
 
 
 def _rows(conn: sa.Connection, name: str, *, alias: bool) -> list[sa.Row[tuple[object, ...]]]:

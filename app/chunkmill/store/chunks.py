@@ -36,7 +36,7 @@ PAGE_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Picked:
+class ChunkSelection:
     """Chunks that pass a filter, in the order of their ids. ``job_ids`` are the jobs that wrote them last."""
 
     ids: list[str]
@@ -65,7 +65,7 @@ def sort(conn: sa.Connection, ids: Sequence[str]) -> list[str]:
     return list(conn.execute(sa.text(query), {"ids": list(ids)}).scalars())
 
 
-def pick_if_few(conn: sa.Connection, *, collection: Collection, chosen: Filter, after: str) -> Picked | None:
+def pick_if_few(conn: sa.Connection, *, collection: Collection, chosen: Filter, after: str) -> ChunkSelection | None:
     """All chunks behind the id ``after`` that pass the filter; None if they are many, or if it would take long.
 
     Call it alone in its transaction, because it sets a limit to the time of each statement.
@@ -102,12 +102,12 @@ def pick_if_few(conn: sa.Connection, *, collection: Collection, chosen: Filter, 
             raise
         return None
     _require_unmoved(conn, collection)
-    return None if len(rows) > MAX_FEW else Picked([row.chunk_id for row in rows], [row.job_id for row in rows])
+    return None if len(rows) > MAX_FEW else ChunkSelection([row.chunk_id for row in rows], [row.job_id for row in rows])
 
 
 def pick_window(
     conn: sa.Connection, *, collection: Collection, chosen: Filter, after: str, size: int
-) -> tuple[Picked, str | None]:
+) -> tuple[ChunkSelection, str | None]:
     """Those of the next ``size`` chunks behind the id ``after`` that pass the filter, and the id of the last of the
     window, behind which the next one begins; None if this window was the last.
     """
@@ -129,7 +129,7 @@ def pick_window(
     parameters = {"collection": collection.id, "after": after, "size": size, **values}
     row = conn.execute(sa.text(query), parameters).one()
     _require_unmoved(conn, collection)
-    return Picked(row.ids or [], row.job_ids or []), row.last
+    return ChunkSelection(row.ids or [], row.job_ids or []), row.last
 
 
 def read_page(
@@ -256,7 +256,7 @@ def decoded(space: Space, sent: Sequence[bytes]) -> NDArray[np.float32]:
     return numbers[:, head:].astype(np.float32)
 
 
-def delete_picked(conn: sa.Connection, *, collection_id: int, chosen: Filter, picked: Picked) -> int:
+def delete_picked(conn: sa.Connection, *, collection_id: int, chosen: Filter, picked: ChunkSelection) -> int:
     """Delete chunks that still pass the filter and that no other job has written since, with texts that nothing uses.
 
     Returns how many were deleted.

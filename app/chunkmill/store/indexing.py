@@ -57,7 +57,7 @@ GRAPH_NODE_BYTES = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuiltSegment:
     """A segment that is live now, and the segments that it replaced."""
 
     segment: Segment
@@ -69,7 +69,7 @@ def graph_bytes(kind: SegmentKind, rows: int, dimensions: int) -> int:
     return rows * (GRAPH_NODE_BYTES + (dimensions // 8 if kind is SegmentKind.BITS else 2 * dimensions))
 
 
-def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False) -> Built | None:
+def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False) -> BuiltSegment | None:
     """Make a flat segment of a collection's tail, or begin its serving index.
 
     Returns None if nothing is to do. If another builder is at it, this returns None at once, or waits until that one
@@ -106,12 +106,12 @@ def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False
         with conn.begin():
             _take_time(conn)
             segments.publish(conn, new, rows, useless=useless or ())
-        return Built(Segment(new.id, new.kind, rows))
+        return BuiltSegment(Segment(new.id, new.kind, rows))
 
 
 def merge(
     db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False, wait: bool = False
-) -> Built | None:
+) -> BuiltSegment | None:
     """Make one segment of several, or write a segment anew whose rows are largely deleted.
 
     ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly.
@@ -151,7 +151,7 @@ def merge(
         with conn.begin():
             _take_time(conn)
             segments.publish(conn, new, rows, replaces=old)
-        return Built(Segment(new.id, kind, rows), tuple(old))
+        return BuiltSegment(Segment(new.id, kind, rows), tuple(old))
 
 
 def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False) -> None:
@@ -290,7 +290,7 @@ def _building(
         yield None if conn is None else _Lock(conn, builder, collection_id, space_id, is_of_space)
 
 
-def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> Built | None:
+def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> BuiltSegment | None:
     """Begin the tail of a collection, and put into its first segment what has a chunk and a vector already.
 
     If an earlier builder died in between, this begins again. Until the end, searches are exact. Returns None if writers
@@ -307,7 +307,7 @@ def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> Built
     with conn.begin():
         _take_time(conn)
         segments.publish(conn, new, rows)
-    return Built(Segment(new.id, new.kind, rows))
+    return BuiltSegment(Segment(new.id, new.kind, rows))
 
 
 def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:

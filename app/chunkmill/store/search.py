@@ -144,7 +144,7 @@ def search_all(
         raise SpaceLeft
     end = (offset or 0) + k + (without is not None)
     condition, parameters = (where or Filter()).sql("c.metadata")
-    asked = _Asked(
+    asked = _CallContext(
         conn, space, f"AND {condition}" if where else "", parameters | {"collection": collection_id, "space": space.id}
     )
     index, passing, share, because, wanted = None, None, 1.0, "An exact search was asked for.", end
@@ -223,7 +223,7 @@ class _Near:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _CallContext:
     """What all queries of a call have in common."""
 
     conn: sa.Connection

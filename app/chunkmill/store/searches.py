@@ -34,7 +34,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class CountedSearches:
     """The searches of a space since some moment."""
 
     space_id: int
@@ -88,7 +88,7 @@ def add(conn: sa.Connection, counts: Mapping[Key, int]) -> None:
     conn.execute(sa.text(insert), parameters)
 
 
-def read(conn: sa.Connection, collection_id: int, *, since: datetime) -> dict[int, Counted]:
+def read(conn: sa.Connection, collection_id: int, *, since: datetime) -> dict[int, CountedSearches]:
     """``space id → searches`` of a collection since the minute of ``since``. Processes write every few seconds.
 
     Of what is older than two hours, whole hours are counted.
@@ -117,7 +117,9 @@ def read(conn: sa.Connection, collection_id: int, *, since: datetime) -> dict[in
             latencies.setdefault(row.space_id, {})[row.bucket] = row.n
     feedback = {row.space_id: row.n for row in conn.execute(sa.text(clicks), parameters)}
     return {
-        space_id: Counted(space_id, latencies.get(space_id, {}), errors.get(space_id, 0), feedback.get(space_id, 0))
+        space_id: CountedSearches(
+            space_id, latencies.get(space_id, {}), errors.get(space_id, 0), feedback.get(space_id, 0)
+        )
         for space_id in sorted(latencies.keys() | errors.keys() | feedback.keys())
     }
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.db.locks import DELETE_LOCK, REPLACE_LOCK, lock_shared
 from chunkmill.domain.chunks import PreparedChunk
-from chunkmill.domain.planning import DeadChunk, KnownVector, Merged
+from chunkmill.domain.planning import DeadChunk, KnownVector, MergeCounts
 from chunkmill.domain.spaces import OnLong
 from chunkmill.spaces.registry import Space, VectorTable
 
@@ -119,7 +119,7 @@ def merge_chunks(
     job_id: int,
     on_long: OnLong,
     is_first_try: bool = True,
-) -> Merged:
+) -> MergeCounts:
     """Upsert the staged chunks: a new id is added, and another text or other metadata replace the chunk.
 
     Returns how many were of each kind. What the job itself has written before counts as repeated, unless it was
@@ -191,4 +191,4 @@ def merge_chunks(
         "rejects": on_long is OnLong.REJECT,
     }
     row = conn.execute(sa.text(merge), parameters).one()
-    return Merged(row.new, row.replaced, row.unchanged, row.repeated)
+    return MergeCounts(row.new, row.replaced, row.unchanged, row.repeated)

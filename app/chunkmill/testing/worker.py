@@ -20,7 +20,7 @@ from chunkmill.domain.states import ChunkBatchState, Route
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.dead.dead_chunks import DeadContent
-from chunkmill.ledger.embed_requests import Answered, EmbedRequest
+from chunkmill.ledger.embed_requests import EmbedAnswer, EmbedRequest
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
@@ -168,10 +168,10 @@ def _too_long(lease: Lease, space: Space, texts: list[tuple[bytes, str]]) -> lis
     ]
 
 
-def _answered(request: EmbedRequest, space: Space) -> Answered:
+def _answered(request: EmbedRequest, space: Space) -> EmbedAnswer:
     n_tokens = np.array([len(words_of(text)) for text in request.texts], np.int32)
     is_cut = (n_tokens > MAX_TOKENS) & (space.spec.long_text is not LongText.SPLIT)
-    return Answered(request.id, _vectors(list(request.texts), space.spec), n_tokens, is_cut)
+    return EmbedAnswer(request.id, _vectors(list(request.texts), space.spec), n_tokens, is_cut)
 
 
 def _vectors(texts: list[str], spec: SpaceSpec) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:

@@ -33,7 +33,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class SetupMeasurement:
     """What was measured of a setup. Cosines are to fp32 on the same texts."""
 
     cosine_min: float
@@ -53,7 +53,7 @@ class Candidate:
     """A setup with its measurements, or with the ``problem`` that prevented them."""
 
     setup: Setup
-    measured: Measured | None = None
+    measured: SetupMeasurement | None = None
     problem: str | None = None
 
 

@@ -23,7 +23,7 @@ _FP32_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Requirements:
     """What the model has to meet. None means no limit."""
 
     memory_mib: float | None = None
@@ -77,7 +77,7 @@ class Option:
 
 
 def options(
-    models: Sequence[KnownModel], yardsticks: Sequence[Yardstick], wanted: Wanted, prefer: Preference = "quality"
+    models: Sequence[KnownModel], yardsticks: Sequence[Yardstick], wanted: Requirements, prefer: Preference = "quality"
 ) -> list[Option]:
     """All models, best first; those that do not meet the wishes come last, with what they fail.
 
@@ -98,7 +98,7 @@ def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
     return worse
 
 
-def _judge(model: KnownModel, yardsticks: Sequence[Yardstick], wanted: Wanted) -> Option:
+def _judge(model: KnownModel, yardsticks: Sequence[Yardstick], wanted: Requirements) -> Option:
     memory, latency, speed, basis = _expected(model, yardsticks)
     dimensions = model.dimensions if wanted.dimensions is None else model.most_dimensions(wanted.dimensions)
     checks = {

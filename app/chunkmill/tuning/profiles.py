@@ -25,7 +25,7 @@ from chunkmill.files import read_at_most
 from chunkmill.machine import Machine, versions
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 from chunkmill.settings import Settings
-from chunkmill.tuning.choose import SHORT, Constraints, Measured, Setup
+from chunkmill.tuning.choose import SHORT, Constraints, Setup, SetupMeasurement
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Profile:
     fingerprint: str
     """The fingerprint of the model's full vectors, which includes the precision."""
     setup: Setup
-    measured: Measured
+    measured: SetupMeasurement
     constraints: Constraints
     machine: Machine
     versions: dict[str, str]

@@ -22,7 +22,7 @@ from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.names import REFERENCE
 from chunkmill_workers.benchmarks.peers import Peer, Setting, environments, export, peers
 from chunkmill_workers.benchmarks.peers.model import Model
-from chunkmill_workers.benchmarks.peers.process import PeerError, Running
+from chunkmill_workers.benchmarks.peers.process import PeerError, PeerProcess
 from chunkmill_workers.benchmarks.report import Say
 from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.tokenizer import TextTokenizer
@@ -90,7 +90,7 @@ class Contender:
     setting: Setting
     tried: list[dict[str, Any]]
     starts: list[float]
-    running: Running
+    running: PeerProcess
     versions: dict[str, str]
 
     def embed(self, name: str) -> float:
@@ -115,7 +115,7 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class AbsentPeer:
     """A peer that does not take part, the reason, and the command that may install what it needs."""
 
     name: str
@@ -131,7 +131,7 @@ class Field:
     """All peers: those that take part, and those that do not."""
 
     contenders: list[Contender] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[AbsentPeer] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Contender:
         return next(contender for contender in self.contenders if contender.peer.name == name)
@@ -191,7 +191,7 @@ def enter(chosen: Sequence[Peer], on: Ground, sample: Sequence[str], say: Say) -
                 say(f"{peer.name} is skipped: {error}")
                 if not error.unavailable:
                     print(*error.log, sep="\n", file=sys.stderr)
-                entered.skipped.append(Skipped(peer.name, str(error), error.install))
+                entered.skipped.append(AbsentPeer(peer.name, str(error), error.install))
         yield entered
 
 
@@ -215,9 +215,9 @@ def _enter(peer: Peer, on: Ground, sample: str, tokens: int, say: Say, stack: co
     return Contender(peer, setting, tried, starts, running, running.ask("versions"))
 
 
-def start(peer: Peer, setting: Setting, on: Ground) -> Running:
+def start(peer: Peer, setting: Setting, on: Ground) -> PeerProcess:
     """Start a process of ``peer``. Raises PeerError."""
-    return Running(peer, on.model, setting, threads=on.threads, device=on.device, logs=on.path)
+    return PeerProcess(peer, on.model, setting, threads=on.threads, device=on.device, logs=on.path)
 
 
 def best_setting(peer: Peer, on: Ground, sample: str, tokens: int, say: Say) -> tuple[Setting, list[dict[str, Any]]]:

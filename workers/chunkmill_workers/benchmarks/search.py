@@ -74,7 +74,7 @@ class Cell:
 
 
 @dataclass(slots=True)
-class Asked:
+class CellTruth:
     """What is known of a cell."""
 
     queries: NDArray[np.float32]
@@ -255,7 +255,7 @@ def _json(filter_: Mapping[str, int] | None) -> str:
     return "{" + ", ".join(f'"{key}": {value}' for key, value in (filter_ or {}).items()) + "}"
 
 
-def _cells(corpora: Sequence[Corpus], world: World, n: int) -> dict[Cell, Asked]:
+def _cells(corpora: Sequence[Corpus], world: World, n: int) -> dict[Cell, CellTruth]:
     made = {}
     for corpus in corpora:
         for topics in (OWN, OTHERS):
@@ -264,11 +264,11 @@ def _cells(corpora: Sequence[Corpus], world: World, n: int) -> dict[Cell, Asked]
             queries = corpus.queries(world, n, own=topics == OWN)
             for share in (NO_FILTER, *SHARES):
                 if share == NO_FILTER or corpus.rows >= SHARES[share][1]:
-                    made[Cell(corpus, topics, share)] = Asked(queries)
+                    made[Cell(corpus, topics, share)] = CellTruth(queries)
     return made
 
 
-def _look(bench: Bench, cells: Mapping[Cell, Asked]) -> None:
+def _look(bench: Bench, cells: Mapping[Cell, CellTruth]) -> None:
     """Ask every question exactly and as users ask it, in one shuffled order, and note the recalls."""
     questions = [(cell, i) for cell, asked in cells.items() for i in range(len(asked.queries))]
     random.Random(1).shuffle(questions)
@@ -285,7 +285,7 @@ def _recall(right: set[str], hits: Sequence[str]) -> float:
     return len(right & set(hits)) / len(right) if right else float(not hits)
 
 
-def _curve(bench: Bench, cells: Mapping[Cell, Asked], say: Say) -> list[dict[str, Any]]:
+def _curve(bench: Bench, cells: Mapping[Cell, CellTruth], say: Say) -> list[dict[str, Any]]:
     """Recall and latency of the largest segments alone with several beams, beside the search's own."""
     points: list[dict[str, Any]] = []
     largest = max(cell.corpus.rows for cell in cells)
@@ -334,7 +334,7 @@ def _point(cell: Cell, plan: str, recall: float, seconds: Sequence[float], beam:
     }
 
 
-def _latencies(bench: Bench, cells: Mapping[Cell, Asked], n: int, rounds: int, say: Say) -> list[Measurement]:
+def _latencies(bench: Bench, cells: Mapping[Cell, CellTruth], n: int, rounds: int, say: Say) -> list[Measurement]:
     """p95 of each cell beside the best plan, in rounds; each round asks everything in another order."""
     tables = {cell: next((p.table_name for p in bench.segments_of(cell.corpus)), None) for cell in cells}
     samples: dict[tuple[Cell, str], list[list[float]]] = {}
@@ -363,7 +363,7 @@ def _latencies(bench: Bench, cells: Mapping[Cell, Asked], n: int, rounds: int, s
 
 
 def _rows_of(
-    cell: Cell, asked: Asked, samples: Mapping[tuple[Cell, str], Sequence[Sequence[float]]]
+    cell: Cell, asked: CellTruth, samples: Mapping[tuple[Cell, str], Sequence[Sequence[float]]]
 ) -> list[Measurement]:
     """The recall of a cell, and its p95 beside that of the best plan, if the recall passes."""
     plans = {plan: times for (of, plan), times in samples.items() if of == cell}

@@ -18,7 +18,7 @@ from torch.nn import functional
 from chunkmill.domain.spaces import AnyPooling, Pooling
 from chunkmill.errors import ModelLoadError
 from chunkmill.models import DenseLayer, LayerNormLayer, ModelFolder
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.encoder.layout import to_device
 
 _ACTIVATIONS = {
@@ -31,7 +31,7 @@ _ACTIVATIONS = {
 }
 
 
-def pool(hidden: Hidden, pooling: AnyPooling, skips: torch.Tensor | None = None) -> torch.Tensor:
+def pool(hidden: TokenVectors, pooling: AnyPooling, skips: torch.Tensor | None = None) -> torch.Tensor:
     """Text vectors, (n, hidden) fp32, from token vectors, (n, longest, hidden) or (tokens, hidden) of packed texts.
 
     Several poolings give (n, poolings × hidden), one behind the other. ``skips`` is (n,) int: how many leading tokens
@@ -160,7 +160,7 @@ class Head:
         first = np.zeros(len(lengths), np.int64) if self._include_prompt else skips.astype(np.int64)
         return np.where(first < lengths, first, 0)
 
-    def __call__(self, hidden: Hidden, *, skips: NDArray[np.int32]) -> torch.Tensor:
+    def __call__(self, hidden: TokenVectors, *, skips: NDArray[np.int32]) -> torch.Tensor:
         """Vectors after all modules but a last Normalize, (n, dimensions) fp32. Windows of a text are averaged so.
 
         ``hidden`` holds every token of a row, or only the one that `only` names. ``skips`` is (n,) int32, as in `pool`.

@@ -43,7 +43,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WriteResult:
     """Contents that have a vector now; ``new`` of these vectors did not exist before this write."""
 
     hashes: Sequence[bytes]
@@ -109,7 +109,7 @@ class LocalAttempt(Attempt[WorkerContext]):
     def flush(self) -> None:
         """Commit the vectors that wait. They stay even if the lease is lost: a late vector is a right one."""
 
-        def record(conn: sa.Connection, written: Written) -> bool:
+        def record(conn: sa.Connection, written: WriteResult) -> bool:
             return self._record_progress_if_held(conn, written.hashes)
 
         if not self._commit(record, "write vectors"):
@@ -121,7 +121,7 @@ class LocalAttempt(Attempt[WorkerContext]):
         Raises :class:`VectorsLost` if a crash of Postgres took back what was written before.
         """
 
-        def end(conn: sa.Connection, written: Written) -> bool:
+        def end(conn: sa.Connection, written: WriteResult) -> bool:
             # A flush does not wait for the disk, so a crash may have taken back vectors that this process counts on.
             if count_vectors(conn, self.space, self._written) < len(self._written):
                 raise VectorsLost
@@ -131,7 +131,7 @@ class LocalAttempt(Attempt[WorkerContext]):
             raise self._superseded()
 
     def _commit(
-        self, then: Callable[[sa.Connection, Written], bool], what: str, outcome: usage.Outcome | None = None
+        self, then: Callable[[sa.Connection, WriteResult], bool], what: str, outcome: usage.Outcome | None = None
     ) -> bool:
         """Write the vectors that wait, let ``then`` change the ledger, and book both.
 
@@ -139,7 +139,7 @@ class LocalAttempt(Attempt[WorkerContext]):
         """
         rows = self._pending()
 
-        def run(conn: sa.Connection) -> tuple[bool, Written, usage.Usage]:
+        def run(conn: sa.Connection) -> tuple[bool, WriteResult, usage.Usage]:
             relax_durability(conn)
             written = self._write(conn, rows)
             ours = then(conn, written)
@@ -161,15 +161,15 @@ class LocalAttempt(Attempt[WorkerContext]):
         self._clear()
         return ours
 
-    def _write(self, conn: sa.Connection, rows: Rows | None) -> Written:
+    def _write(self, conn: sa.Connection, rows: Rows | None) -> WriteResult:
         if rows is None:
-            return Written((), 0)
+            return WriteResult((), 0)
         wanted = still_wanted(conn, rows.hashes, since=self.work.deletions)
         if wanted is not None:
             rows = rows.only(wanted)
         made_by = fingerprint(self._engine, self.lease.on_long, rows.vectors.shape[1])
         new = write_vectors(conn, self.space, made_by, rows.hashes, rows.n_tokens, rows.truncated, rows.vectors)
-        return Written(rows.hashes, new)
+        return WriteResult(rows.hashes, new)
 
     def _pending(self) -> Rows | None:
         if not self._hashes:

@@ -19,7 +19,7 @@ from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.engine import Engine, free_memory
 from chunkmill_workers.engine.steps import StepClock
-from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.process.unserved import UnservedWork
 from chunkmill_workers.tuning.tuned import load_engine, machine_for
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Engines:
         """All engines that exist, including dropped ones that a thread still uses."""
         self.loads = StepClock()
         """Models that are being downloaded or loaded."""
-        self.left_to_others = Unserved()
+        self.left_to_others = UnservedWork()
         self._mutex = threading.Lock()
         self._loading = threading.Lock()
 

@@ -60,7 +60,7 @@ class WorkerLeaves(Exception):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
+class LaneRequest:
     """A request. One of its callbacks is called once, by a thread of the lane; they must not take long."""
 
     space: Space
@@ -96,7 +96,7 @@ class Models(Protocol):
 class _Item:
     """A request with what is known of its texts so far."""
 
-    asked: Asked
+    asked: LaneRequest
     number: int
     rank: Rank
     next: int = 0
@@ -113,7 +113,7 @@ class _Item:
     """The request from here to its answer; None if its caller has no trace."""
 
     @classmethod
-    def of(cls, asked: Asked, number: int) -> _Item:
+    def of(cls, asked: LaneRequest, number: int) -> _Item:
         is_small = asked.urgency == 0 and len(asked.texts) <= SLICE_TEXTS
         is_small = is_small and sum(map(estimated_tokens, asked.texts)) <= INTERACTIVE_TOKENS
         item = cls(asked, number, Rank.INTERACTIVE if is_small else Rank.SYNCHRONOUS)
@@ -271,7 +271,7 @@ class Lane:
             self._threads.append(thread)
             thread.start()
 
-    def submit(self, asked: Asked) -> None:
+    def submit(self, asked: LaneRequest) -> None:
         """Take a request, to be answered through its callbacks. A lane that is closed says :class:`WorkerLeaves`."""
         item = _Item.of(asked, next(self._numbers))
         with self._changed:
@@ -355,7 +355,7 @@ class Lane:
         """How fast slices were computed lately; 0.0 before the first."""
         return self._tokens_per_second
 
-    def waiting(self, rank: Rank) -> list[Asked]:
+    def waiting(self, rank: Rank) -> list[LaneRequest]:
         """The requests of a class with texts that no slice has taken yet."""
         with self._changed:
             by_key = self._waiting[rank].values()

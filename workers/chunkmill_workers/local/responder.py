@@ -16,15 +16,15 @@ from chunkmill.db.retry import is_transient
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.errors import DeviceFailed, StoreLimit
 from chunkmill.ledger import embed_requests
-from chunkmill.ledger.embed_requests import LEASE_SECONDS, Answered, EmbedRequest
+from chunkmill.ledger.embed_requests import LEASE_SECONDS, EmbedAnswer, EmbedRequest
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.loop import Rank
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Asked, Lane, NobodyWaits, WorkerLeaves
+from chunkmill_workers.local.lane import Lane, LaneRequest, NobodyWaits, WorkerLeaves
 from chunkmill_workers.process.responder import Responder
-from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.process.unserved import UnservedWork
 
 CLAIM_REQUESTS: Final = 256
 CLAIM_TEXTS: Final = 1_024
@@ -59,12 +59,12 @@ class EmbedResponder(Responder[WorkerContext]):
         """Whether requests may wait in Postgres that this worker would take."""
         self._held = _Held(context)
         self._mutex = threading.Lock()
-        self._answers: list[Answered] = []
+        self._answers: list[EmbedAnswer] = []
         self._refused: list[tuple[int, Exception]] = []
         self._left: list[int] = []
 
     @property
-    def unserved(self) -> Unserved:
+    def unserved(self) -> UnservedWork:
         return self._context.engines.left_to_others
 
     def answer_next(self) -> bool:
@@ -138,9 +138,9 @@ class EmbedResponder(Responder[WorkerContext]):
             self.lane.submit(self._asked(request, space))
         return bool(requests)
 
-    def _asked(self, request: EmbedRequest, space: Space) -> Asked:
+    def _asked(self, request: EmbedRequest, space: Space) -> LaneRequest:
         left = request.seconds_left
-        return Asked(
+        return LaneRequest(
             space,
             "query" if request.kind == "query" else "document",
             request.texts,
@@ -155,7 +155,7 @@ class EmbedResponder(Responder[WorkerContext]):
 
     def _on_answer(self, request_id: int, answer: EmbeddedTexts) -> None:
         with self._mutex:
-            self._answers.append(Answered(request_id, answer.vectors, answer.tokens, answer.truncated))
+            self._answers.append(EmbedAnswer(request_id, answer.vectors, answer.tokens, answer.truncated))
 
     def _on_error(self, request_id: int, error: Exception) -> None:
         if isinstance(error, DeviceFailed):

@@ -40,7 +40,7 @@ from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Asked, Kind, Lane, NobodyWaits, WorkerLeaves
+from chunkmill_workers.local.lane import Kind, Lane, LaneRequest, NobodyWaits, WorkerLeaves
 from chunkmill_workers.local.responder import HANGS_SECONDS, MOST_OPEN
 
 logger = logging.getLogger(__name__)
@@ -388,7 +388,7 @@ class WorkerSocketServer:
         else:
             kind: Kind = "query" if question.kind == "query" else "document"
             self._lane.submit(
-                Asked(
+                LaneRequest(
                     space,
                     kind,
                     question.texts,

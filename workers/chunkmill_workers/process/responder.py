@@ -25,7 +25,7 @@ from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
-from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.process.unserved import UnservedWork
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Responder(threading.Thread, Generic[Context]):
 
     @property
     @abstractmethod
-    def unserved(self) -> Unserved:
+    def unserved(self) -> UnservedWork:
         """The spaces that this worker leaves to others."""
 
     @abstractmethod

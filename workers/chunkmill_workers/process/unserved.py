@@ -13,7 +13,7 @@ UNSERVED_SECONDS = 60.0
 take most of that model's work, although others could do it."""
 
 
-class Unserved:
+class UnservedWork:
     """What a worker could not serve lately, and why. Its threads share it."""
 
     def __init__(self) -> None:

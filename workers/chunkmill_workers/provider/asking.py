@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chunkmill.openai.wire.answers import Embedded, Sent, longest_answer, read_plain
+from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest, longest_answer, read_plain
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.oddities import tokens_factor
@@ -12,7 +12,7 @@ from chunkmill_workers.provider.oddities import tokens_factor
 
 def ask_plain(
     context: ProviderContext, space: Space, inputs: Sequence[str], *, tokens: int, idempotency_key: str
-) -> Embedded:
+) -> EmbeddedRequest:
     """The answer to one request of ``tokens`` by our own count. Raises the kinds of ``ProviderError``."""
     model = context.model(space)
     form = context.form(model, space)
@@ -25,7 +25,7 @@ def ask_plain(
     )
     answer = read_plain(
         body,
-        Sent(len(inputs), tokens),
+        SentRequest(len(inputs), tokens),
         space.spec.dimensions,
         normalize=space.spec.normalize,
         tokens_factor=tokens_factor(model),

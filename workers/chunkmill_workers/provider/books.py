@@ -10,7 +10,7 @@ from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderSilent
 from chunkmill.ledger.money import adjustments, charges
-from chunkmill.ledger.provider.provider_inputs import Unanswered
+from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
 
@@ -33,7 +33,7 @@ def book_unanswered(
     conn: sa.Connection,
     context: ProviderContext,
     space: Space,
-    sent: Iterable[Unanswered],
+    sent: Iterable[UnansweredRequests],
     *,
     kind: AdjustmentKind = AdjustmentKind.MAYBE_CHARGED,
     reason: str = NO_ANSWER,
@@ -54,7 +54,11 @@ def book_unanswered(
 
 
 def book_silence(
-    conn: sa.Connection, context: ProviderContext, space: Space, sent: Iterable[Unanswered], silent: ProviderSilent
+    conn: sa.Connection,
+    context: ProviderContext,
+    space: Space,
+    sent: Iterable[UnansweredRequests],
+    silent: ProviderSilent,
 ) -> None:
     """Book a plain request that ended with ``silent``: as lost if it was answered, else as charged perhaps."""
     if silent.was_sent:

@@ -27,8 +27,8 @@ from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import usage
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, RetryUncharged, StopLane, after_line_error
-from chunkmill.openai.wire.answers import Embedded, longest_file
-from chunkmill.openai.wire.jsonl import Refused, Unreadable, decode_line
+from chunkmill.openai.wire.answers import EmbeddedRequest, longest_file
+from chunkmill.openai.wire.jsonl import RefusedRequest, Unreadable, decode_line
 from chunkmill.openai.wire.status import RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics
@@ -56,8 +56,8 @@ SILENT_DOWNLOADS = 30
 class _Pending:
     """The answers that are read and not yet committed, at most one for each request."""
 
-    embedded: dict[int, Embedded] = field(default_factory=dict)
-    refused: dict[int, Refused] = field(default_factory=dict)
+    embedded: dict[int, EmbeddedRequest] = field(default_factory=dict)
+    refused: dict[int, RefusedRequest] = field(default_factory=dict)
     bytes: int = 0
 
 
@@ -115,7 +115,7 @@ class ResultReader:
             self.oddities["duplicate"] += 1
         else:
             self._answered.add(answer.request_no)
-            if isinstance(answer, Embedded):
+            if isinstance(answer, EmbeddedRequest):
                 self.oddities.update(answer.oddities)
                 self._context.oddities.compare(self._model, answer, self._sent[answer.request_no].tokens)
                 self._pending.embedded[answer.request_no] = answer
@@ -211,7 +211,7 @@ class _Returned:
     stop: StopLane | None = None
     limit: RetryUncharged | None = None
 
-    def add(self, rows: Sequence[InFlight], refusal: Refused) -> None:
+    def add(self, rows: Sequence[InFlight], refusal: RefusedRequest) -> None:
         verdict = after_line_error(refusal.status, refusal.code, refusal.message, n_inputs_in_request=len(rows))
         if isinstance(verdict, Dead):
             self.dead += [(row, verdict.code, verdict.reason) for row in rows]

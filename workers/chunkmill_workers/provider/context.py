@@ -23,7 +23,7 @@ from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
-from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.process.unserved import UnservedWork
 from chunkmill_workers.provider.health import Health
 from chunkmill_workers.provider.keeper import StepKeeper
 from chunkmill_workers.provider.oddities import Oddities
@@ -50,7 +50,7 @@ class ProviderContext(QueueContext):
         self.questions = 0
         """How many questions (searches and ``client.embed``) are with the provider. One thread answers them."""
         self.oddities = Oddities()
-        self.unserved = Unserved()
+        self.unserved = UnservedWork()
         """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 
     @classmethod

@@ -18,7 +18,7 @@ from chunkmill.ledger.provider import provider_batches, provider_inputs, provide
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.provider.provider_room import Room, room
-from chunkmill.ledger.provider.provider_work import Waiting
+from chunkmill.ledger.provider.provider_work import WaitingChunkBatch
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.limits import Headroom
 from chunkmill.openai.plan.packing import Packer
@@ -107,7 +107,7 @@ def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step |
     )
 
 
-def _waiting(conn: sa.Connection, space: Space) -> Iterator[Waiting]:
+def _waiting(conn: sa.Connection, space: Space) -> Iterator[WaitingChunkBatch]:
     """High priority first. Jobs of one priority take turns, so that a small job need not wait for a large one."""
     for _, jobs in groupby(provider_work.open_jobs(conn, space), key=lambda job: job.priority):
         line = deque(jobs)
@@ -136,7 +136,7 @@ class _BatchFiller:
         self.too_little: str | None = None
         """Why not even the first content fits; None if it does."""
 
-    def take(self, waiting: Waiting) -> bool:
+    def take(self, waiting: WaitingChunkBatch) -> bool:
         """Pack the contents that still have no vector. Returns False when the ProviderBatch is full."""
         first_row = len(self.packer.rows)
         contribution = self._pack(waiting)
@@ -166,7 +166,7 @@ class _BatchFiller:
             provider_work.settle(self._conn, self._space, [lease.chunk_batch_id])
         return not full
 
-    def _pack(self, waiting: Waiting) -> Contribution:
+    def _pack(self, waiting: WaitingChunkBatch) -> Contribution:
         texts, damaged = provider_work.missing_texts(self._conn, self._space, waiting)
         left = provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
         book_unanswered(self._conn, self._context, self._space, left)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 
 from chunkmill.domain.providers import ProviderModel
-from chunkmill.openai.wire.answers import Embedded
+from chunkmill.openai.wire.answers import EmbeddedRequest
 from chunkmill.openai.wire.bounds import TOKENS_FACTOR
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
@@ -45,7 +45,7 @@ class Oddities:
                 model.name,
             )
 
-    def compare(self, model: ProviderModel, answer: Embedded, counted: int) -> None:
+    def compare(self, model: ProviderModel, answer: EmbeddedRequest, counted: int) -> None:
         """Say once if the provider charges many more tokens than we count."""
         if answer.prompt_tokens is None:
             return

@@ -26,12 +26,12 @@ from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
 from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
-from chunkmill.ledger.provider.provider_inputs import Unanswered
+from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.answers import Embedded
+from chunkmill.openai.wire.answers import EmbeddedRequest
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work
 from chunkmill.telemetry import metrics
@@ -56,7 +56,7 @@ AGAIN_SECONDS = 5.0
 class Answer:
     """The answer to one request. ``rows`` are the contents that were sent, with their positions in the answer."""
 
-    embedded: Embedded
+    embedded: EmbeddedRequest
     rows: Sequence[PackedInput]
 
 
@@ -141,7 +141,7 @@ class PlainAttempt(Attempt[ProviderContext]):
             refusal = refuse_model(conn, space.id, asked=model.name, answered=answer.embedded.model)
             if refusal is not None:
                 if removed:
-                    lost = Unanswered(self.lease.job_id, len(answer.rows), tokens)
+                    lost = UnansweredRequests(self.lease.job_id, len(answer.rows), tokens)
                     book_unanswered(conn, self._context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
                 return self.account, 0
             new = write(conn, self.space, made.rows, made.vectors)

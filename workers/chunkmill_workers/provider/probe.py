@@ -13,7 +13,7 @@ import time
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.ledger.provider import provider_lanes
-from chunkmill.ledger.provider.provider_inputs import Unanswered
+from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
 from chunkmill.openai.plan.refusals import RESUME
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
@@ -72,7 +72,7 @@ def _ask(context: ProviderContext, space: Space) -> None:
         ) from None
     except ProviderSilent as silent:
         with context.begin() as conn:
-            book_silence(conn, context, space, [Unanswered(0, 1, tokens)], silent)
+            book_silence(conn, context, space, [UnansweredRequests(0, 1, tokens)], silent)
         raise
     charged = tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
     with context.begin() as conn:

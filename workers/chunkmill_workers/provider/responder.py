@@ -31,18 +31,18 @@ from chunkmill.ledger.embed_requests import EmbedRequest
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
-from chunkmill.ledger.provider.provider_inputs import Unanswered
+from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.endings import Alone, after_line_error
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.requests import PlainRequest, first_request
-from chunkmill.openai.wire.answers import Embedded
+from chunkmill.openai.wire.answers import EmbeddedRequest
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.responder import Responder
-from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.process.unserved import UnservedWork
 from chunkmill_workers.provider.asking import ask_plain
 from chunkmill_workers.provider.books import book_answer, book_silence, book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
@@ -65,7 +65,7 @@ class ProviderResponder(Responder[ProviderContext]):
         super().__init__("embed-requests-openai", context)
 
     @property
-    def unserved(self) -> Unserved:
+    def unserved(self) -> UnservedWork:
         return self._context.unserved
 
     def answer_next(self) -> bool:
@@ -199,7 +199,7 @@ class _Question:
         tokens = sum(item.sent_tokens for item in items)
         with context.begin() as conn:
             if left := embed_requests.committed_of(conn, self.request):
-                book_unanswered(conn, context, space, [Unanswered(0, min(len(items), left), left)])
+                book_unanswered(conn, context, space, [UnansweredRequests(0, min(len(items), left), left)])
                 embed_requests.commit_tokens(conn, self.request, 0)
         with context.begin() as conn:
             price = charges.price_today(conn, context.model(space))
@@ -233,7 +233,7 @@ class _Question:
             if silent.timed_out:
                 context.health.too_large(context.model(space).name, part.inputs)
             with context.begin() as conn:
-                book_silence(conn, context, space, [Unanswered(0, len(part.items), part.tokens)], silent)
+                book_silence(conn, context, space, [UnansweredRequests(0, len(part.items), part.tokens)], silent)
             raise
         context.health.answered(Route.OPENAI_SYNC)
         self._book(part, embedded)
@@ -242,7 +242,7 @@ class _Question:
             raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
         return made.vectors
 
-    def _book(self, part: PlainRequest, embedded: Embedded) -> None:
+    def _book(self, part: PlainRequest, embedded: EmbeddedRequest) -> None:
         """Book a request. Raises :class:`ProviderStopped` if another model answered than the space has vectors of."""
         context, space, model = self._context, self._space, self._context.model(self._space)
         contents = len(part.items)
@@ -256,7 +256,7 @@ class _Question:
             if refusal is None:
                 book_answer(conn, context, space, contents=contents, tokens=tokens)
             else:
-                lost = Unanswered(0, contents, tokens)
+                lost = UnansweredRequests(0, contents, tokens)
                 book_unanswered(conn, context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
             embed_requests.commit_tokens(conn, self.request, self._committed)
             return refusal

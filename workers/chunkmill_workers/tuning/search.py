@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chunkmill.tuning.choose import Backend, Candidate, Constraints, Dtype, Measured, Setup, ranked
+from chunkmill.tuning.choose import Backend, Candidate, Constraints, Dtype, Setup, SetupMeasurement, ranked
 from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, Task, Turn, Vectors
 
 FINALISTS, WINNERS, ROUNDS = 4, 2, 3
@@ -96,13 +96,13 @@ class Search:
             with CandidateProcess(self._task, setup) as process:
                 minimum, mean = cosines(process.vectors(self._gate), self._exact)
                 if not self._constraints.passes_gate(minimum, mean):
-                    return Candidate(setup, Measured(minimum, mean))
+                    return Candidate(setup, SetupMeasurement(minimum, mean))
                 turn = process.turn()
                 self._memory_mib = turn.memory_mib
         except CandidateFailed as reason:
             return Candidate(setup, problem=str(reason))
         return Candidate(
-            setup, Measured(minimum, mean, turn.tokens_per_second, turn.latency_ms, turn.peak_mib, rounds=1)
+            setup, SetupMeasurement(minimum, mean, turn.tokens_per_second, turn.latency_ms, turn.peak_mib, rounds=1)
         )
 
     def _race(self) -> None:

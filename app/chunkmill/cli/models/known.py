@@ -15,7 +15,7 @@ from chunkmill.domain.providers import OPENAI_MODELS
 from chunkmill.errors import InvalidInput
 from chunkmill.models.known import KnownModel, known_models
 from chunkmill.models.names import PROMPTS
-from chunkmill.tuning.presets import PREFERENCES, Option, Preference, Wanted, Yardstick, options
+from chunkmill.tuning.presets import PREFERENCES, Option, Preference, Requirements, Yardstick, options
 
 WIDE = 160
 """So many columns take the whole table of models. On a narrower terminal it would break names into syllables."""
@@ -89,7 +89,7 @@ def choose(
     Speed and memory are those that `chunkmill tune` measured on this machine. For a model that was not measured they
     are estimated from the nearest one that was. If no model meets all wishes, the exit code is 1.
     """
-    wanted = Wanted(memory, latency, throughput, dimensions, tokens, multilingual, commercial, paid)
+    wanted = Requirements(memory, latency, throughput, dimensions, tokens, multilingual, commercial, paid)
     measured = yardsticks(Settings.from_env())
     if wanted.needs_measurements and not measured:
         raise InvalidInput(

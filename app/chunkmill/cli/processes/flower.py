@@ -65,7 +65,7 @@ def flower(screen: Screen, no_auth: bool, flower_args: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class FlowerAddress:
     """Where Flower listens, and who may open it."""
 
     address: str
@@ -88,7 +88,7 @@ class Opening:
         return f"{self.scheme}://{host}:{self.port}/{self.prefix}"
 
 
-def judge(opening: Opening, *, no_auth: bool, terminal: bool, environ: Mapping[str, str]) -> bool:
+def judge(opening: FlowerAddress, *, no_auth: bool, terminal: bool, environ: Mapping[str, str]) -> bool:
     """Whether a password has to be made. Raises :class:`InvalidInput` if Flower would be open to strangers."""
     for login in opening.logins:
         user, _, password = login.partition(":")
@@ -147,7 +147,7 @@ def require_no_secret(arguments: tuple[str, ...]) -> None:
             )
 
 
-def read_opening(arguments: tuple[str, ...]) -> Opening:
+def read_opening(arguments: tuple[str, ...]) -> FlowerAddress:
     """Where Flower would listen, given its variables, the configuration file that they name, and ``arguments``."""
     from flower import command
     from tornado.options import Error
@@ -164,7 +164,7 @@ def read_opening(arguments: tuple[str, ...]) -> Opening:
     except (Error, ValueError, FileNotFoundError) as error:
         raise InvalidInput(f"Flower refuses its options: {error}. Fix the option or the FLOWER_* variable.") from None
     options: Any = command.options
-    return Opening(
+    return FlowerAddress(
         address=options.address,
         port=options.port,
         unix_socket=options.unix_socket,
@@ -175,7 +175,9 @@ def read_opening(arguments: tuple[str, ...]) -> Opening:
     )
 
 
-def prepare(arguments: tuple[str, ...], *, no_auth: bool, environ: MutableMapping[str, str]) -> tuple[Opening, str]:
+def prepare(
+    arguments: tuple[str, ...], *, no_auth: bool, environ: MutableMapping[str, str]
+) -> tuple[FlowerAddress, str]:
     """Set our defaults in ``environ``, and a password if one is needed. Returns where Flower will listen, and the
     password that was made, or an empty one.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from chunkmill.machine import Machine
-from chunkmill.tuning.choose import Candidate, Constraints, Measured, pareto
+from chunkmill.tuning.choose import Candidate, Constraints, SetupMeasurement, pareto
 
 WIDTH, HEIGHT = 960, 576
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 96, 470
@@ -119,7 +119,7 @@ def _titles(winner: Candidate, model: str, machine: Machine, on: str) -> Iterato
 
 
 def _words(candidate: Candidate) -> str:
-    setup, measured = candidate.setup, candidate.measured or Measured(math.nan, math.nan)
+    setup, measured = candidate.setup, candidate.measured or SetupMeasurement(math.nan, math.nan)
     return (
         f"{setup.kind}, {setup.batch_tokens:,} tokens in a pass: {measured.tokens_per_second or 0:,.0f} tokens/s, "
         f"{measured.latency_ms or 0:.1f} ms, {measured.peak_mib or 0:,.0f} MiB, "
@@ -127,7 +127,7 @@ def _words(candidate: Candidate) -> str:
     )
 
 
-def _label(candidate: Candidate, running: Sequence[tuple[Candidate, Measured]]) -> str:
+def _label(candidate: Candidate, running: Sequence[tuple[Candidate, SetupMeasurement]]) -> str:
     """The number of tokens in a pass, and what else differs among the candidates."""
     setup = candidate.setup
     tokens = setup.batch_tokens

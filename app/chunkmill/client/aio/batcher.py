@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from chunkmill.client.batcher import Batcher
 
 if TYPE_CHECKING:
-    from chunkmill.client.aio.running import Running
+    from chunkmill.client.aio.running import RunningCalls
 
 
 class AsyncBatcher:
@@ -22,7 +22,7 @@ class AsyncBatcher:
     No call blocks the event loop: adding a chunk takes no other thread unless it has to wait for room.
     """
 
-    def __init__(self, running: Running, make: Callable[[], Coroutine[Any, Any, Batcher]]) -> None:
+    def __init__(self, running: RunningCalls, make: Callable[[], Coroutine[Any, Any, Batcher]]) -> None:
         self._running = running
         self._make = make
         self._made: Batcher | None = None

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from chunkmill.client.aio.threads import Threads
-from chunkmill.client.steps import Pause, Tell, Wait
+from chunkmill.client.steps import Pause, TellStep, Wait
 from chunkmill.client.stopping import IS_STOPPED, Stopped
 from chunkmill.errors import ClientClosed
 
@@ -59,7 +59,7 @@ class Call:
 
     # --- in the event loop -------------------------------------------------------------------------------------
 
-    async def perform(self, step: Pause | Wait | Tell) -> None:
+    async def perform(self, step: Pause | Wait | TellStep) -> None:
         """Make the pause, wait, or call the caller's function, here in the loop.
 
         Raises :class:`ClientClosed` if the client is closed meanwhile.

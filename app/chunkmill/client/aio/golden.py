@@ -11,14 +11,14 @@ from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.results import GoldenLoaded
 
 if TYPE_CHECKING:
-    from chunkmill.client.aio.running import Running
+    from chunkmill.client.aio.running import RunningCalls
 
 
 class AsyncGoldenQueries:
     """A :class:`GoldenQueries` for asyncio: its methods are coroutines, and none blocks the event loop.
     ``await client.golden("docs")`` of an :class:`AsyncClient` makes it."""
 
-    def __init__(self, running: Running, queries: GoldenQueries) -> None:
+    def __init__(self, running: RunningCalls, queries: GoldenQueries) -> None:
         self._running = running
         self._queries = queries
 

@@ -20,7 +20,7 @@ from chunkmill.client.aio.threads import Threads
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.door import DOOR_ERRORS, door, translated
-from chunkmill.client.steps import Pause, Steps, Tell, Wait, Work
+from chunkmill.client.steps import Pause, Steps, TellStep, Wait, Work
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.errors import ClientClosed
@@ -35,7 +35,7 @@ class _Done(Generic[Result]):
     result: Result
 
 
-class Running:
+class RunningCalls:
     """The calls of an ``AsyncClient``, and its threads.
 
     There are as many threads as connections, in two halves. Short transactions have the one half. Calls that hold a
@@ -221,7 +221,9 @@ class Running:
                 self._all_ended.set_result(None)
 
 
-def _advance(db: sa.Engine, steps: Steps[Result], error: BaseException | None) -> Pause | Wait | Tell | _Done[Result]:
+def _advance(
+    db: sa.Engine, steps: Steps[Result], error: BaseException | None
+) -> Pause | Wait | TellStep | _Done[Result]:
     """The next step for the loop, after ``error`` was raised by the last one. A future cannot hold the end of a
     generator."""
     with door(db):
@@ -245,7 +247,7 @@ def _connections(db: sa.Engine) -> int:
     return max(2, pool.size() + max(0, pool._max_overflow)) if isinstance(pool, sa.QueuePool) else 2
 
 
-_all: weakref.WeakSet[Running] = weakref.WeakSet()
+_all: weakref.WeakSet[RunningCalls] = weakref.WeakSet()
 
 
 def _begin_in_child() -> None:

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from chunkmill.client.asking.gathered import Gathered
+from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.retention import QueryCache
 from chunkmill.errors import InvalidInput
@@ -66,7 +66,7 @@ class VectorCache:
         _all.add(self)
         weakref.finalize(self, _forget_bytes, self._entries)
 
-    def read(self, fingerprint: str, kind: str, dimensions: int, gathered: Gathered) -> None:
+    def read(self, fingerprint: str, kind: str, dimensions: int, gathered: DistinctTexts) -> None:
         """Add the known vectors of what is missing."""
         if not self._limit or kind not in self._kinds:
             return

@@ -10,7 +10,7 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.embedded import EmbeddedText, EmbeddedTexts
 
 
-class Gathered:
+class DistinctTexts:
     """Each distinct text is needed once, however often it stands in the call."""
 
     def __init__(self, texts: Sequence[str]) -> None:

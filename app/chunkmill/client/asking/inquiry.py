@@ -14,7 +14,7 @@ import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.client.asking.gathered import Gathered
+from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.client.asking.listener import PATROL_SECONDS, Mailbox, SocketAnswer
 from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.asking.sockets import Sockets
@@ -61,7 +61,7 @@ class Inquiry:
     transaction: Callable[[], AbstractContextManager[sa.Connection]]
     mailbox: Mailbox
     space: Space
-    texts: Gathered
+    texts: DistinctTexts
     kind: str
     caller: str
     deadline: float

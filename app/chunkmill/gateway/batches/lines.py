@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 
 from chunkmill.domain.served import MAX_LINE_BYTES, MAX_LINES, chunk_id
-from chunkmill.gateway.embedding import Asked, Cut
+from chunkmill.gateway.embedding import CutSide, EmbeddingCall
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.fields import invalid
 from chunkmill.gateway.inputs import TokenIds, read_input
@@ -132,10 +132,10 @@ class LineReader:
             n_inputs=len(asked.texts),
             dimensions=asked.dimensions or self._usual.dimensions,
             is_base64=asked.base64,
-            refuses_long=asked.cut is not Cut.END,
+            refuses_long=asked.cut is not CutSide.END,
         )
 
-    def _check(self, asked: Asked) -> None:
+    def _check(self, asked: EmbeddingCall) -> None:
         if asked.dimensions is not None:
             self._check_dimensions(asked.dimensions)
         if asked.kind == "query":

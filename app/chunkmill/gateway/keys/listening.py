@@ -19,7 +19,7 @@ AGAIN_SECONDS = 1.0
 """How long it waits before it connects again, if Postgres went away."""
 
 
-class Listening:
+class KeyListener:
     """One connection that listens, from its making on. ``hear`` is called in the loop that made it: with the payload of
     each notification, and with None whenever the connection was made, because what was said before it is not known."""
 

@@ -17,9 +17,9 @@ import sqlalchemy as sa
 from chunkmill.client.base import store_errors
 from chunkmill.domain.keys import PREFIX, Scope, digest_of, new_secret, parse_key
 from chunkmill.errors import ChunkmillError
-from chunkmill.gateway.batching import Batching
+from chunkmill.gateway.batching import QuestionBatcher
 from chunkmill.gateway.caller import Caller
-from chunkmill.gateway.keys.listening import Listening
+from chunkmill.gateway.keys.listening import KeyListener
 from chunkmill.ledger.access import keys
 from chunkmill.ledger.access.keys import StoredKey
 
@@ -79,14 +79,14 @@ class StoredKeys:
         self._looked: OrderedDict[int, _Looked] = OrderedDict()
         self._changes = 0
         self._noted: dict[int, float] = {}
-        self._ask: Batching[int, StoredKey | None] = Batching(self._read)
-        self._note: Batching[int, None] = Batching(self._write_used)
+        self._ask: QuestionBatcher[int, StoredKey | None] = QuestionBatcher(self._read)
+        self._note: QuestionBatcher[int, None] = QuestionBatcher(self._write_used)
         self._notes: set[asyncio.Task[None]] = set()
-        self._listening: Listening | None = None
+        self._listening: KeyListener | None = None
 
     def listen(self) -> None:
         """Hear from now on which keys are revoked. Without it a revoked key is known for ``CACHE_SECONDS``."""
-        self._listening = Listening(self._db, keys.CHANNEL, self.forget)
+        self._listening = KeyListener(self._db, keys.CHANNEL, self.forget)
 
     async def caller(self, key: str) -> Caller | None:
         if self._own is not None and (caller := await self._own.caller(key)) is not None:

@@ -23,7 +23,7 @@ from chunkmill.gateway.exchange import current
 from chunkmill.gateway.limits.buckets import Bucket
 from chunkmill.gateway.limits.months import Months
 from chunkmill.gateway.limits.room import BYTES_PER_TOKEN, SMALL_BYTES, SMALL_TEXTS, Hold, Room
-from chunkmill.ledger.access.usage import Asked, Booked
+from chunkmill.ledger.access.usage import Demand, UsageBooking
 from chunkmill.settings import Settings
 
 FORGET_KEYS = 10_000
@@ -76,7 +76,7 @@ class Limits:
             message = f"this API key may make {state.requests.per_minute:,} requests a minute at this gateway."
             raise Refusal(429, "rate_limit_exceeded", message, retry_after=wait, headers=self.headers(caller))
         state.running += 1
-        self._months.book(caller.key_id, None, Booked(requests=1))
+        self._months.book(caller.key_id, None, UsageBooking(requests=1))
 
     def end(self, caller: Caller) -> None:
         """The request is over."""
@@ -138,26 +138,26 @@ class Limits:
         state = self._state(caller)
         self._take_tokens(caller, state, tokens)
         month: date | None = None
-        reserved = Booked()
-        used = Booked()
+        reserved = UsageBooking()
+        used = UsageBooking()
         try:
             if state.limits.has_month:
-                asked = Asked(caller.key_id, state.limits, tokens, use.usd)
+                asked = Demand(caller.key_id, state.limits, tokens, use.usd)
                 month, against = await self._reserved(asked)
                 if against is not None:
                     raise _quota(state.limits, against)
-                reserved = Booked(0, asked.tokens, asked.usd)
+                reserved = UsageBooking(0, asked.tokens, asked.usd)
             yield use
-            used = Booked(0, use.tokens, use.usd)
+            used = UsageBooking(0, use.tokens, use.usd)
         finally:
             # Whatever happens here is only noted, so that a caller who hangs up ends at once.
             if state.tokens is not None:
                 state.tokens.correct(used.tokens - tokens, self._clock())
-            owed = used.plus(Booked(0, -reserved.tokens, -reserved.usd))
-            if owed != Booked():
+            owed = used.plus(UsageBooking(0, -reserved.tokens, -reserved.usd))
+            if owed != UsageBooking():
                 self._months.book(caller.key_id, month, owed)
 
-    async def _reserved(self, asked: Asked) -> tuple[date, str | None]:
+    async def _reserved(self, asked: Demand) -> tuple[date, str | None]:
         """A reservation. If the caller hangs up meanwhile, what was reserved is given back."""
         reserving = asyncio.ensure_future(self._months.reserve(asked))
         try:
@@ -166,12 +166,12 @@ class Limits:
             reserving.add_done_callback(lambda done: self._give_back(asked, done))
             raise
 
-    def _give_back(self, asked: Asked, done: object) -> None:
+    def _give_back(self, asked: Demand, done: object) -> None:
         if not isinstance(done, asyncio.Future) or done.cancelled() or done.exception() is not None:
             return
         month, against = done.result()
         if against is None:
-            self._months.book(asked.key_id, month, Booked(0, -asked.tokens, -asked.usd))
+            self._months.book(asked.key_id, month, UsageBooking(0, -asked.tokens, -asked.usd))
 
     def headers(self, caller: Caller) -> dict[str, str]:
         """``x-ratelimit-…`` for an answer to the caller: what its limits of a minute have left at this gateway."""

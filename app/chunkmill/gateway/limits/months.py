@@ -14,9 +14,9 @@ import sqlalchemy as sa
 
 from chunkmill.client.base import store_errors
 from chunkmill.errors import ChunkmillError
-from chunkmill.gateway.batching import Batching
+from chunkmill.gateway.batching import QuestionBatcher
 from chunkmill.ledger.access import usage
-from chunkmill.ledger.access.usage import Asked, Booked
+from chunkmill.ledger.access.usage import Demand, UsageBooking
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +30,20 @@ class Months:
     def __init__(self, db: sa.Engine) -> None:
         self._db = db
         self._mutex = threading.Lock()
-        self._owed: dict[tuple[int, date | None], Booked] = {}
-        self._reserving: Batching[Asked, tuple[date, str | None]] = Batching(self._reserve)
+        self._owed: dict[tuple[int, date | None], UsageBooking] = {}
+        self._reserving: QuestionBatcher[Demand, tuple[date, str | None]] = QuestionBatcher(self._reserve)
         self._writing: asyncio.Task[None] | None = None
         self._closes = asyncio.Event()
 
-    async def reserve(self, asked: Asked) -> tuple[date, str | None]:
+    async def reserve(self, asked: Demand) -> tuple[date, str | None]:
         """The month in which it is reserved; and None, or the limit that stands against it: ``tokens`` or ``usd``."""
         return await self._reserving(asked)
 
-    def book(self, key_id: int, month: date | None, booked: Booked) -> None:
+    def book(self, key_id: int, month: date | None, booked: UsageBooking) -> None:
         """Add to a month; None is the present one. It is written soon, and never raises."""
         with self._mutex:
             key = (key_id, month)
-            self._owed[key] = self._owed.get(key, Booked()).plus(booked)
+            self._owed[key] = self._owed.get(key, UsageBooking()).plus(booked)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_soon())
 
@@ -72,7 +72,7 @@ class Months:
         except Exception:  # it is tried again; without the line nobody would know, since no one waits for this
             logger.exception("what keys used could not be written; it is tried again with the next request")
 
-    def _reserve(self, asked: Sequence[Asked]) -> list[tuple[date, str | None]]:
+    def _reserve(self, asked: Sequence[Demand]) -> list[tuple[date, str | None]]:
         with self._mutex:
             owed, self._owed = self._owed, {}
         try:
@@ -83,14 +83,14 @@ class Months:
         except BaseException:
             with self._mutex:
                 for key, booked in owed.items():
-                    self._owed[key] = self._owed.get(key, Booked()).plus(booked)
+                    self._owed[key] = self._owed.get(key, UsageBooking()).plus(booked)
             raise
         return [(month, verdict) for verdict in verdicts]
 
 
-def _dated(owed: dict[tuple[int, date | None], Booked], month: date) -> dict[tuple[int, date], Booked]:
-    dated: dict[tuple[int, date], Booked] = {}
+def _dated(owed: dict[tuple[int, date | None], UsageBooking], month: date) -> dict[tuple[int, date], UsageBooking]:
+    dated: dict[tuple[int, date], UsageBooking] = {}
     for (key_id, given), booked in owed.items():
         key = (key_id, given or month)
-        dated[key] = dated.get(key, Booked(0, 0, Decimal(0))).plus(booked)
+        dated[key] = dated.get(key, UsageBooking(0, 0, Decimal(0))).plus(booked)
     return dated

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chunkmill.domain.served import FILE_SECONDS, Asked, FileKind, ServedState, window_seconds
+from chunkmill.domain.served import FILE_SECONDS, BatchOrder, FileKind, ServedState, window_seconds
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import NotFound
 from chunkmill.gateway.batches import results
@@ -127,7 +127,7 @@ def _no_file(name: str) -> Refusal:
     return Refusal(400, "file_not_found", message, param="input_file_id")
 
 
-def _checked(body: dict[str, Any]) -> tuple[str, Asked]:
+def _checked(body: dict[str, Any]) -> tuple[str, BatchOrder]:
     """The name of the input file, and what is asked. Raises :class:`Refusal`."""
     input_file, endpoint, window = (
         _required(body, name) for name in ("input_file_id", "endpoint", "completion_window")
@@ -138,7 +138,7 @@ def _checked(body: dict[str, Any]) -> tuple[str, Asked]:
     if seconds is None:
         raise invalid("completion_window", "must be from '1h' to '7d', such as '24h'.", "invalid_value")
     output_expiry = body.get("output_expires_after")
-    return input_file, Asked(
+    return input_file, BatchOrder(
         endpoint=endpoint,
         window=window,
         seconds=seconds,

@@ -13,8 +13,8 @@ from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.embedding import (
     CUTS,
     KINDS,
-    Asked,
-    Cut,
+    CutSide,
+    EmbeddingCall,
     dimensions_field,
     embed,
     read_asked,
@@ -49,20 +49,20 @@ async def embed_by_type(gateway: Gateway, request: Request, caller: Caller) -> R
     )
 
 
-def read_body(body: dict[str, Any]) -> Asked:
+def read_body(body: dict[str, Any]) -> EmbeddingCall:
     """What a body asks for. Raises :class:`Refusal`."""
     if given(body, "images")[1] is not None:
         raise invalid("images", "cannot be embedded here. Send texts.")
     texts, param = body.get("texts"), "texts"
     if texts is None and body.get("inputs") is not None:
         texts, param = _texts_of(body["inputs"]), "inputs"
-    return Asked(
+    return EmbeddingCall(
         read_texts(texts, param),
         param,
         read_model(body),
         word_field(body, "input_type", meanings=KINDS) or "document",
         dimensions_field(body, "output_dimension"),
-        word_field(body, "truncate", meanings=CUTS) or Cut.END,
+        word_field(body, "truncate", meanings=CUTS) or CutSide.END,
         seconds=seconds_field(body),
         base64=_is_base64(body),
     )

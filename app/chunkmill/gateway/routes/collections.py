@@ -31,7 +31,7 @@ from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.ndjson import json_lines
 from chunkmill.gateway.shapes import answer, large_answer, list_of, object_of, schema_of
-from chunkmill.gateway.streams import Streamed
+from chunkmill.gateway.streams import StreamedResponse
 from chunkmill.ledger import overview
 from chunkmill.spaces import collections
 
@@ -143,7 +143,7 @@ DROP: dict[str, Schema] = {
 }
 
 
-async def _named(gateway: Gateway, request: Request, caller: Caller) -> seen.Seen:
+async def _named(gateway: Gateway, request: Request, caller: Caller) -> seen.VisibleCollection:
     return await seen.collection(gateway, caller, request.path_params["collection"])
 
 
@@ -180,7 +180,9 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
     return await large_answer({"results": [_hits(hits) for hits in result], **taken}, sum(map(len, result)))
 
 
-async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dict[str, Any]) -> Hits | list[Hits]:
+async def searched(
+    gateway: Gateway, caller: Caller, named: seen.VisibleCollection, body: dict[str, Any]
+) -> Hits | list[Hits]:
     """What a search with the fields of ``SEARCH`` finds in the collection. Its texts count for the caller's limits."""
     query: Any = body.get("query")
     k, offset = body.get("k", 10), body.get("offset")
@@ -289,7 +291,7 @@ async def chunks(gateway: Gateway, request: Request, caller: Caller) -> Response
 
 
 async def _by_ids(
-    gateway: Gateway, named: seen.Seen, ids: list[str], *, with_text: bool, with_vector: bool
+    gateway: Gateway, named: seen.VisibleCollection, ids: list[str], *, with_text: bool, with_vector: bool
 ) -> Response:
     stored: list[StoredChunk] = []
     size = 0
@@ -374,7 +376,7 @@ async def vectors(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 yield bytes(4)
 
         media_type = "application/octet-stream" if how == "binary" else "application/x-ndjson"
-        return await Streamed.of(parts(), media_type=media_type, ends=stack.pop_all().close)
+        return await StreamedResponse.of(parts(), media_type=media_type, ends=stack.pop_all().close)
 
 
 def _lines(ids: list[str], rows: NDArray[np.float32]) -> bytes:

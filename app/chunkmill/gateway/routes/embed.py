@@ -16,9 +16,9 @@ from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.embedding import (
     CUTS,
     KINDS,
-    Answered,
-    Asked,
-    Cut,
+    CutSide,
+    EmbeddingAnswer,
+    EmbeddingCall,
     dimensions_field,
     embed,
     read_asked,
@@ -50,28 +50,28 @@ async def embed_texts(gateway: Gateway, request: Request, caller: Caller) -> Res
     )
 
 
-def read_body(body: dict[str, Any]) -> Asked:
+def read_body(body: dict[str, Any]) -> EmbeddingCall:
     """What a body asks for. Raises :class:`Refusal`."""
     if ("texts" in body) == ("inputs" in body):
         problem = "and inputs are both given. Give one of them." if "texts" in body else "is missing."
         raise invalid("texts", problem)
     param = "texts" if "texts" in body else "inputs"
     normalize = flag_field(body, "normalize")
-    cut = word_field(body, "truncation_direction", meanings=CUTS) or Cut.END
-    return Asked(
+    cut = word_field(body, "truncation_direction", meanings=CUTS) or CutSide.END
+    return EmbeddingCall(
         read_texts(body[param], param),
         param,
         read_model(body),
         word_field(body, "kind", "input_type", "prompt_name", meanings=KINDS) or "document",
         dimensions_field(body, "dimensions"),
-        Cut.NOTHING if flag_field(body, "truncate") is False else cut,
+        CutSide.NOTHING if flag_field(body, "truncate") is False else cut,
         normalize is not False,
         seconds_field(body),
         base64=word_field(body, "encoding_format", meanings={"float": False, "base64": True}) is True,
     )
 
 
-def _tail(answered: Answered, milliseconds: float) -> bytes:
+def _tail(answered: EmbeddingAnswer, milliseconds: float) -> bytes:
     count, dimension = answered.vectors.shape
     rest = {
         "dimension": dimension,

@@ -26,7 +26,7 @@ from chunkmill.gateway.ndjson import ChunkLines, refused_line
 from chunkmill.gateway.page import session
 from chunkmill.gateway.paths import path_to
 from chunkmill.gateway.shapes import answer, dumped, large_answer, list_of, object_of, plain, schema_of
-from chunkmill.gateway.streams import Streamed
+from chunkmill.gateway.streams import StreamedResponse
 from chunkmill.ledger.jobs import jobs
 from chunkmill.spaces import registry
 
@@ -301,7 +301,7 @@ async def events(gateway: Gateway, request: Request, caller: Caller) -> Response
             await following.aclose()
 
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return await Streamed.of(parts(), media_type="text/event-stream", headers=headers)
+    return await StreamedResponse.of(parts(), media_type="text/event-stream", headers=headers)
 
 
 _JOB = schema_of(Job)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chunkmill.gateway.caller import Caller, Scope
-from chunkmill.gateway.embedding import Asked, Cut, dimensions_field, embed, read_asked, seconds_field
+from chunkmill.gateway.embedding import CutSide, EmbeddingCall, dimensions_field, embed, read_asked, seconds_field
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.fields import flag_field, invalid
 from chunkmill.gateway.gateway import Gateway
@@ -47,25 +47,25 @@ async def embed_prompt(gateway: Gateway, request: Request, caller: Caller) -> Re
     )
 
 
-def read_body(body: dict[str, Any]) -> Asked:
+def read_body(body: dict[str, Any]) -> EmbeddingCall:
     """What a body asks for. Raises :class:`Refusal`."""
-    return Asked(
+    return EmbeddingCall(
         read_texts(body.get("input"), "input"),
         "input",
         read_model(body),
         dimensions=dimensions_field(body, "dimensions"),
-        cut=Cut.NOTHING if flag_field(body, "truncate") is False else Cut.END,
+        cut=CutSide.NOTHING if flag_field(body, "truncate") is False else CutSide.END,
         to_unit_length=True,
         seconds=seconds_field(body),
     )
 
 
-def read_prompt(body: dict[str, Any]) -> Asked:
+def read_prompt(body: dict[str, Any]) -> EmbeddingCall:
     """What a body with one ``prompt`` asks for. Raises :class:`Refusal`."""
     prompt = body.get("prompt")
     if not isinstance(prompt, str):
         raise invalid("prompt", "is missing." if prompt is None else "must be a string.")
-    return Asked(read_texts(prompt, "prompt"), "prompt", read_model(body))
+    return EmbeddingCall(read_texts(prompt, "prompt"), "prompt", read_model(body))
 
 
 REQUEST = {

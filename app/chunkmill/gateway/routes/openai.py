@@ -14,9 +14,9 @@ from chunkmill.gateway.embedding import (
     KINDS,
     MAX_DIMENSIONS,
     MAX_SECONDS,
-    Answered,
-    Asked,
-    Cut,
+    CutSide,
+    EmbeddingAnswer,
+    EmbeddingCall,
     dimensions_field,
     embed,
     read_asked,
@@ -44,7 +44,7 @@ async def embeddings(gateway: Gateway, request: Request, caller: Caller) -> Resp
     )
 
 
-def read_body(body: dict[str, Any], token_ids: TokenIds) -> Asked:
+def read_body(body: dict[str, Any], token_ids: TokenIds) -> EmbeddingCall:
     """What a body asks for. The words of Voyage and of vLLM are understood too. Raises :class:`Refusal`."""
     is_base64 = word_field(body, "encoding_format", meanings={"float": False, "base64": True})
     if (dtype := given(body, "output_dtype")[1]) is not None and dtype != "float":
@@ -52,13 +52,13 @@ def read_body(body: dict[str, Any], token_ids: TokenIds) -> Asked:
     text_field(body, "user")
     if "input" not in body:
         raise invalid("input", "is missing.")
-    return Asked(
+    return EmbeddingCall(
         read_input(body["input"], token_ids),
         "input",
         read_model(body),
         word_field(body, "kind", "input_type", meanings=KINDS) or "document",
         dimensions_field(body, "dimensions", "output_dimension"),
-        Cut.NOTHING if flag_field(body, "truncate", "truncation") is False else Cut.END,
+        CutSide.NOTHING if flag_field(body, "truncate", "truncation") is False else CutSide.END,
         flag_field(body, "normalize") is True,
         seconds_field(body),
         base64=is_base64 is True,
@@ -73,7 +73,7 @@ def read_model(body: dict[str, Any]) -> str | None:
     return model
 
 
-def _tail(answered: Answered, *, return_tokens: bool) -> bytes:
+def _tail(answered: EmbeddingAnswer, *, return_tokens: bool) -> bytes:
     usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
     rest: dict[str, object] = {"model": answered.model.name, "usage": usage}
     if answered.truncated:

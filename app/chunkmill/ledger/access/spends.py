@@ -21,7 +21,7 @@ from chunkmill.domain.budget import dollars
 from chunkmill.domain.keys import KeyLimits
 from chunkmill.errors import BudgetExceeded, InvalidInput
 from chunkmill.ledger.access import usage
-from chunkmill.ledger.access.usage import Asked
+from chunkmill.ledger.access.usage import Demand
 
 _PAYER: ContextVar[int | None] = ContextVar("chunkmill_payer", default=None)
 
@@ -119,7 +119,7 @@ def begin(
     if not usd:
         return
     limit = _limit(conn)
-    asked = Asked(payer() or 0, KeyLimits(usd_per_month=limit), 0, usd)
+    asked = Demand(payer() or 0, KeyLimits(usd_per_month=limit), 0, usd)
     month, (against,) = usage.reserve(conn, [asked])
     if against is not None:
         raise QuotaExceeded(

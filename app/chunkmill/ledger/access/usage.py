@@ -45,7 +45,7 @@ WHERE u.key_id = added.key_id AND u.month = added.month
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Demand:
     """What one request may use at most, and the limits of its key."""
 
     key_id: int
@@ -55,18 +55,18 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Booked:
+class UsageBooking:
     """What is added to a key's month. Negative numbers give back what was reserved."""
 
     requests: int = 0
     tokens: int = 0
     usd: Decimal = Decimal(0)
 
-    def plus(self, other: Booked) -> Booked:
-        return Booked(self.requests + other.requests, self.tokens + other.tokens, self.usd + other.usd)
+    def plus(self, other: UsageBooking) -> UsageBooking:
+        return UsageBooking(self.requests + other.requests, self.tokens + other.tokens, self.usd + other.usd)
 
 
-Months = Mapping[tuple[int, date], Booked]
+Months = Mapping[tuple[int, date], UsageBooking]
 """By the id of the key and the first day of the month."""
 
 
@@ -76,7 +76,7 @@ def this_month(conn: sa.Connection) -> date:
     return day
 
 
-def reserve(conn: sa.Connection, asked: Sequence[Asked]) -> tuple[date, list[str | None]]:
+def reserve(conn: sa.Connection, asked: Sequence[Demand]) -> tuple[date, list[str | None]]:
     """The month, and for each request None if it is reserved, else the limit that stands against it: ``tokens`` or
     ``usd``.
 
@@ -85,14 +85,14 @@ def reserve(conn: sa.Connection, asked: Sequence[Asked]) -> tuple[date, list[str
     """
     month = this_month(conn)
     used = _locked(conn, {(one.key_id, month) for one in asked})
-    added: dict[tuple[int, date], Booked] = {}
+    added: dict[tuple[int, date], UsageBooking] = {}
     verdicts = []
     for one in asked:
         key = (one.key_id, month)
-        together = used.get(key, Booked()).plus(added.get(key, Booked()))
+        together = used.get(key, UsageBooking()).plus(added.get(key, UsageBooking()))
         verdict = _against(one, together)
         if verdict is None:
-            added[key] = added.get(key, Booked()).plus(Booked(0, one.tokens, one.usd))
+            added[key] = added.get(key, UsageBooking()).plus(UsageBooking(0, one.tokens, one.usd))
         verdicts.append(verdict)
     _add(conn, added)
     return month, verdicts
@@ -104,12 +104,12 @@ def book(conn: sa.Connection, booked: Months) -> None:
     _add(conn, booked)
 
 
-def _locked(conn: sa.Connection, wanted: Collection[tuple[int, date]]) -> dict[tuple[int, date], Booked]:
+def _locked(conn: sa.Connection, wanted: Collection[tuple[int, date]]) -> dict[tuple[int, date], UsageBooking]:
     """What the months have so far. They stay locked until the transaction ends."""
     parameters = {"ids": [key_id for key_id, _ in wanted], "months": [month for _, month in wanted]}
     conn.execute(_MAKE, parameters)
     rows = conn.execute(_LOCK, parameters)
-    return {(row.key_id, row.month): Booked(row.requests, row.tokens, row.usd) for row in rows}
+    return {(row.key_id, row.month): UsageBooking(row.requests, row.tokens, row.usd) for row in rows}
 
 
 def _add(conn: sa.Connection, booked: Months) -> None:
@@ -125,7 +125,7 @@ def _add(conn: sa.Connection, booked: Months) -> None:
     conn.execute(_ADD, parameters)
 
 
-def _against(one: Asked, used: Booked) -> str | None:
+def _against(one: Demand, used: UsageBooking) -> str | None:
     limits = one.limits
     if limits.tokens_per_month is not None and used.tokens + one.tokens > limits.tokens_per_month:
         return "tokens"

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.domain.deaths import SUSPECT_DEATHS
-from chunkmill.domain.planning import DeadChunk, Merged
+from chunkmill.domain.planning import DeadChunk, MergeCounts
 from chunkmill.domain.results import Job
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong
@@ -436,7 +436,7 @@ def _select(conn: sa.Connection, ids: Sequence[int]) -> Sequence[sa.Row[tuple[ob
     return conn.execute(sa.text(_SELECT_JOBS), {"ids": list(ids)} | states).all()
 
 
-def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk], merged: Merged | None) -> Job:
+def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk], merged: MergeCounts | None) -> Job:
     priority = next(p for p in Priority if p.rank == row.priority)
     return Job(
         id=row.id,

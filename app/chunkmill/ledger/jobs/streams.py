@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from chunkmill.domain.planning import Merged
+from chunkmill.domain.planning import MergeCounts
 from chunkmill.errors import StoreUnavailable
 
 _ADD = sa.text("""
@@ -88,7 +88,7 @@ def require_deletions(conn: sa.Connection) -> None:
         )
 
 
-def add(conn: sa.Connection, job_id: int, merged: Merged, kept: StreamColumns) -> None:
+def add(conn: sa.Connection, job_id: int, merged: MergeCounts, kept: StreamColumns) -> None:
     """Count the chunks of a window, as far as the schema can keep it."""
     if not kept.counts:
         return
@@ -130,13 +130,15 @@ def digest_of(conn: sa.Connection, job_id: int) -> bytes | None:
     return digest
 
 
-def counts_of(conn: sa.Connection, job_ids: Sequence[int]) -> Mapping[int, Merged]:
+def counts_of(conn: sa.Connection, job_ids: Sequence[int]) -> Mapping[int, MergeCounts]:
     """How the chunks of these jobs met their collections; without the jobs for which that is not known.
 
     On the schema of the last release there is no table to ask.
     """
     rows = conn.execute(_COUNTS, {"ids": list(job_ids)})
     return {
-        row.job_id: Merged(row.n_new, row.n_replaced, row.n_unchanged, row.n_repeated, row.n_refused, row.n_deleted)
+        row.job_id: MergeCounts(
+            row.n_new, row.n_replaced, row.n_unchanged, row.n_repeated, row.n_refused, row.n_deleted
+        )
         for row in rows
     }

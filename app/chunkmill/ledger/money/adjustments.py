@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.db.locks import BUDGET_LOCK, lock
-from chunkmill.domain.costs import Adjusted, Adjustment, AdjustmentKind, Correction
+from chunkmill.domain.costs import AdjustedSums, Adjustment, AdjustmentKind, Correction
 from chunkmill.domain.prices import Price
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput, NotFound, StoreUnavailable
@@ -69,19 +69,19 @@ def add_tokens(
     )
 
 
-def month_adjusted(conn: sa.Connection, route: Route | None = None) -> Adjusted:
+def month_adjusted(conn: sa.Connection, route: Route | None = None) -> AdjustedSums:
     """The adjustments of this calendar month, of one route or of all. Corrections may make their sum negative."""
     return _adjusted(conn, f"day >= {charges.MONTH}", route)
 
 
-def day_adjusted(conn: sa.Connection) -> Adjusted:
+def day_adjusted(conn: sa.Connection) -> AdjustedSums:
     """The adjustments of today (UTC)."""
     return _adjusted(conn, f"day = {charges.TODAY}", None)
 
 
-def _adjusted(conn: sa.Connection, days: str, route: Route | None) -> Adjusted:
+def _adjusted(conn: sa.Connection, days: str, route: Route | None) -> AdjustedSums:
     if not is_kept(conn):
-        return Adjusted()
+        return AdjustedSums()
     rows = conn.execute(
         sa.text(f"""
             SELECT kind, sum(usd) AS usd
@@ -92,7 +92,7 @@ def _adjusted(conn: sa.Connection, days: str, route: Route | None) -> Adjusted:
         {"route": route},
     )
     sums = {row.kind: row.usd for row in rows}
-    return Adjusted(*(sums.get(kind, Decimal(0)) for kind in AdjustmentKind))
+    return AdjustedSums(*(sums.get(kind, Decimal(0)) for kind in AdjustmentKind))
 
 
 def listed(

@@ -18,7 +18,7 @@ from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.inputs import ProviderInput
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.answers import Sent
+from chunkmill.openai.wire.answers import SentRequest
 
 
 class InFlight(NamedTuple):
@@ -34,7 +34,7 @@ class InFlight(NamedTuple):
         return self.packed.content_hash
 
 
-class Unanswered(NamedTuple):
+class UnansweredRequests(NamedTuple):
     """What was in plain requests that were sent and not answered: they may have been charged."""
 
     job_id: int
@@ -115,7 +115,7 @@ def add_own(conn: sa.Connection, lease: Lease, inputs: Sequence[ProviderInput]) 
     return set(rows.scalars())
 
 
-def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> list[Unanswered]:
+def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> list[UnansweredRequests]:
     """Take contents out of flight that plain requests of a killed worker left there; returns what was sent of them.
 
     The answers are lost.
@@ -140,7 +140,7 @@ def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]
         """),
         {"space": space_id, "hashes": list(hashes), "running": ChunkBatchState.RUNNING},
     )
-    return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
+    return [UnansweredRequests(row.job_id, row.contents, int(row.tokens)) for row in rows]
 
 
 def carriers(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> dict[bytes, int | None]:
@@ -191,7 +191,7 @@ def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: 
     return [_in_flight(row) for row in rows]
 
 
-def sent(conn: sa.Connection, provider_batch_id: int) -> dict[int, Sent]:
+def sent(conn: sa.Connection, provider_batch_id: int) -> dict[int, SentRequest]:
     """``request_no → what was sent``, of the requests that have something in flight. Each window is one input."""
     rows = conn.execute(
         sa.text("""
@@ -202,7 +202,7 @@ def sent(conn: sa.Connection, provider_batch_id: int) -> dict[int, Sent]:
         """),
         {"id": provider_batch_id},
     )
-    return {row.request_no: Sent(int(row.n_inputs), int(row.n_tokens)) for row in rows}
+    return {row.request_no: SentRequest(int(row.n_inputs), int(row.n_tokens)) for row in rows}
 
 
 def remove(conn: sa.Connection, *, space_id: int, hashes: Sequence[bytes], provider_batch_id: int | None) -> int:
@@ -256,7 +256,7 @@ def mark_sent(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> Non
     )
 
 
-def take_sent(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
+def take_sent(conn: sa.Connection, lease: Lease) -> list[UnansweredRequests]:
     """Return what an attempt has sent without an answer, once: after that it does not count as sent any more."""
     rows = conn.execute(
         sa.text("""
@@ -272,10 +272,10 @@ def take_sent(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
         """),
         {"id": lease.chunk_batch_id, "attempt": lease.attempt},
     )
-    return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
+    return [UnansweredRequests(row.job_id, row.contents, int(row.tokens)) for row in rows]
 
 
-def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, Unanswered]]:
+def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, UnansweredRequests]]:
     """As `take_sent`, for all attempts of a worker, each with the id of its space."""
     rows = conn.execute(
         sa.text("""
@@ -295,7 +295,7 @@ def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, Unanswered]
         """),
         {"owner": owner, "running": ChunkBatchState.RUNNING},
     )
-    return [(row.space_id, Unanswered(row.job_id, row.contents, int(row.tokens))) for row in rows]
+    return [(row.space_id, UnansweredRequests(row.job_id, row.contents, int(row.tokens))) for row in rows]
 
 
 def remove_answered(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> int:
@@ -319,7 +319,7 @@ def remove_answered(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) 
     return int(result.rowcount)
 
 
-def remove_own(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
+def remove_own(conn: sa.Connection, lease: Lease) -> list[UnansweredRequests]:
     """Take out of flight what an attempt with plain requests, or one before it, did not send or got no answer for.
 
     Returns what was sent of it.
@@ -338,7 +338,7 @@ def remove_own(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
         """),
         {"id": lease.chunk_batch_id, "attempt": lease.attempt},
     )
-    return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
+    return [UnansweredRequests(row.job_id, row.contents, int(row.tokens)) for row in rows]
 
 
 def remove_deleted(conn: sa.Connection, provider_batch_id: int) -> int:

@@ -33,7 +33,7 @@ AGAIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingChunkBatch:
     """An available ChunkBatch, locked by this transaction."""
 
     id: int
@@ -91,7 +91,7 @@ def open_jobs(conn: sa.Connection, space: Space) -> list[OpenJob]:
     return [OpenJob(row.id, row.priority, OnLong(row.on_long), row.collection_id) for row in rows]
 
 
-def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int) -> list[Waiting]:
+def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int) -> list[WaitingChunkBatch]:
     """The next available ChunkBatches of a job, locked. Those that others are changing are skipped."""
     rows = conn.execute(
         sa.text("""
@@ -112,7 +112,7 @@ def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int)
         },
     )
     return [
-        Waiting(
+        WaitingChunkBatch(
             row.id,
             job.id,
             space.id,
@@ -127,7 +127,9 @@ def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int)
     ]
 
 
-def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> tuple[dict[bytes, str], list[bytes]]:
+def missing_texts(
+    conn: sa.Connection, space: Space, waiting: WaitingChunkBatch
+) -> tuple[dict[bytes, str], list[bytes]]:
     """``content_hash → text`` of its contents that are still there, have no vector, and are not dead in its job.
 
     Beside them the hashes of those whose stored text is another one, which must not be sent.
@@ -149,7 +151,7 @@ def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> tuple[
     return dict(right), damaged
 
 
-def cut(conn: sa.Connection, waiting: Waiting, kept: int) -> None:
+def cut(conn: sa.Connection, waiting: WaitingChunkBatch, kept: int) -> None:
     """Leave the first ``kept`` contents in a ChunkBatch and move the others into a new one, which waits."""
     rest = waiting.hashes[kept:]
     attempts_left = max(1, waiting.max_attempts - waiting.attempt)
@@ -161,7 +163,7 @@ def cut(conn: sa.Connection, waiting: Waiting, kept: int) -> None:
     )
 
 
-def postpone(conn: sa.Connection, waiting: Waiting, *, delay_s: float) -> None:
+def postpone(conn: sa.Connection, waiting: WaitingChunkBatch, *, delay_s: float) -> None:
     """Let a ChunkBatch that has no room in a ProviderBatch now wait for ``delay_s`` seconds."""
     conn.execute(
         sa.text("UPDATE chunk_batches SET not_before = now() + make_interval(secs => :delay) WHERE id = :id"),
@@ -169,7 +171,7 @@ def postpone(conn: sa.Connection, waiting: Waiting, *, delay_s: float) -> None:
     )
 
 
-def begin(conn: sa.Connection, waiting: Waiting, step: Step) -> Lease:
+def begin(conn: sa.Connection, waiting: WaitingChunkBatch, step: Step) -> Lease:
     """Lease a ChunkBatch to the ProviderBatches that have its contents, and open the account of the attempt."""
     attempt = conn.execute(
         sa.text("""

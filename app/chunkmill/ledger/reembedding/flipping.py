@@ -82,7 +82,7 @@ class Direction:
 
 
 @dataclass(frozen=True, slots=True)
-class Flipped:
+class FlipAttempt:
     """What a try of a flip did. ``missing`` chunks can be searched now, and could not afterwards.
 
     ``open_contents`` is how many contents would have to be looked at, if they are too many for one moment.
@@ -114,7 +114,7 @@ class Look:
     """How often enqueues had begun anew, in the whole installation. If one did so since, this look is of no use."""
 
 
-def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int) -> Flipped:
+def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int) -> FlipAttempt:
     """Prove and flip, or say what is in the way. Nothing else is changed, and it may be called again at any time.
 
     ``missing`` is how many chunks may be missing afterwards. Raises :class:`InvalidInput` if the re-embedding is in
@@ -123,19 +123,19 @@ def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingStat
     seen = look_and_keep(db, way)
     for _ in range(LOOKS):
         if not seen.is_all:
-            return Flipped(done=False, missing=seen.missing, open_contents=len(seen.lacking))
+            return FlipAttempt(done=False, missing=seen.missing, open_contents=len(seen.lacking))
         with db.begin() as conn:
             n_new = _count_new(conn, way, seen.mark)
         if n_new <= FEW_NEW:
             break
         seen = look_again(db, way, seen)
     if seen.missing > missing:
-        return Flipped(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_HASHES])
+        return FlipAttempt(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_HASHES])
     try:
         return try_to_flip(db, way, seen, states=states, missing=missing)
     except sa.exc.DBAPIError as error:
         if sqlstate(error) in LOCK_NOT_AVAILABLE:
-            return Flipped(done=False)
+            return FlipAttempt(done=False)
         raise
 
 
@@ -316,7 +316,7 @@ def _count_new(conn: sa.Connection, way: Direction, mark: int) -> int:
 
 def try_to_flip(
     db: sa.Engine, way: Direction, seen: Look, *, states: Sequence[ReembeddingState], missing: int
-) -> Flipped:
+) -> FlipAttempt:
     """The moment of the flip: look at what is open, and swap the spaces, in one short transaction."""
     with db.connect() as conn, conn.begin() as transaction:
         kept = registry.get(conn, way.active.id)
@@ -325,13 +325,13 @@ def try_to_flip(
         began = time.monotonic()
         if _count_reopenings(conn) != seen.reopenings or _count_new(conn, way, seen.mark) > way.most_open:
             transaction.rollback()
-            return Flipped(done=False, seconds=time.monotonic() - began)
+            return FlipAttempt(done=False, seconds=time.monotonic() - began)
         rows = conn.execute(sa.text(_candidates(way, _MISSING)), _parameters(way, seen)).all()
         n_missing = sum(row.chunks for row in rows)
         if n_missing > missing:
             transaction.rollback()
             hashes = tuple(row.content_hash for row in rows)
-            return Flipped(done=False, missing=n_missing, seconds=time.monotonic() - began, hashes=hashes)
+            return FlipAttempt(done=False, missing=n_missing, seconds=time.monotonic() - began, hashes=hashes)
         swap = "SELECT swap_spaces(:id, :back, CAST(:states AS text[]), :to, :on_long)"
         parameters = {
             "id": way.life.id,
@@ -348,7 +348,7 @@ def try_to_flip(
                 f"chunkmill reembed show {way.life.id}."
             )
         transaction.commit()
-        return Flipped(done=True, missing=n_missing, seconds=time.monotonic() - began)
+        return FlipAttempt(done=True, missing=n_missing, seconds=time.monotonic() - began)
 
 
 _HOLD = sa.text("""
@@ -376,7 +376,7 @@ WHERE j.id = b.job_id AND j.collection_id = :collection AND j.state IN (:enqueue
 """)
 
 
-def let_catch_up(conn: sa.Connection, way: Direction, tried: Flipped) -> None:
+def let_catch_up(conn: sa.Connection, way: Direction, tried: FlipAttempt) -> None:
     """Let the other space catch up: embed there first what is missing, and for a moment nothing new in the active one.
 
     Otherwise a collection into which somebody enqueues all the time would never flip, because there is always a chunk

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from chunkmill.domain.reembedding import ServedBy
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.store import searches
-from chunkmill.store.searches import Counted
+from chunkmill.store.searches import CountedSearches
 
 MINUTE = timedelta(minutes=1)
 
@@ -28,7 +28,7 @@ def served(conn: sa.Connection, life: Life) -> tuple[ServedBy, ...]:
     return tuple(_shown(fingerprint, counted[space_id]) for space_id, fingerprint in spaces if space_id in counted)
 
 
-def _shown(fingerprint: str, counted: Counted) -> ServedBy:
+def _shown(fingerprint: str, counted: CountedSearches) -> ServedBy:
     p50, p95 = counted.milliseconds(0.5), counted.milliseconds(0.95)
     return ServedBy(
         space=fingerprint,

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from chunkmill.domain.served import Asked, FileKind, ServedState
+from chunkmill.domain.served import BatchOrder, FileKind, ServedState
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import LeaseLost
 from chunkmill.ledger.access import spends
@@ -36,7 +36,7 @@ class ServedBatch:
     id: int
     name: str
     tenant: str
-    asked: Asked
+    asked: BatchOrder
     models: frozenset[str] | None
     state: ServedState
     input_file: str
@@ -71,7 +71,7 @@ def create(
     *,
     tenant: str,
     idempotency_key: str | None,
-    asked: Asked,
+    asked: BatchOrder,
     models: frozenset[str] | None,
     input_file: str,
 ) -> tuple[ServedBatch, bool]:
@@ -327,7 +327,7 @@ def _batch(row: sa.Row[tuple[object, ...]]) -> ServedBatch:
         id=row.id,
         name=row.name,
         tenant=row.tenant,
-        asked=Asked(**asked | {"route": Route(asked["route"]), "priority": Priority(asked["priority"])}),
+        asked=BatchOrder(**asked | {"route": Route(asked["route"]), "priority": Priority(asked["priority"])}),
         models=None if row.models is None else frozenset(row.models),
         state=ServedState(row.state),
         input_file=row.input_file,

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from chunkmill.domain.vectors import unfit, why_unfit
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.answers import Embedded
+from chunkmill.openai.wire.answers import EmbeddedRequest
 from chunkmill.openai.wire.vectors import pool
 
 
-class Assembled(NamedTuple):
+class AssembledVectors(NamedTuple):
     """The vectors that one request gave its contents."""
 
     rows: list[PackedInput]
@@ -25,7 +25,9 @@ class Assembled(NamedTuple):
     """Contents that have no vector, with the reason."""
 
 
-def assemble(answer: Embedded, rows: Sequence[PackedInput], *, normalize: bool, half: bool = False) -> Assembled:
+def assemble(
+    answer: EmbeddedRequest, rows: Sequence[PackedInput], *, normalize: bool, half: bool = False
+) -> AssembledVectors:
     """The vectors of a request's contents ``rows``. A content has a vector only if all its windows have one.
 
     ``half`` says that the space stores half precision, which not every vector fits.
@@ -50,4 +52,4 @@ def assemble(answer: Embedded, rows: Sequence[PackedInput], *, normalize: bool, 
         done.append(row)
         vectors.append(vector)
     matrix = np.stack(vectors) if vectors else np.empty((0, answer.vectors.shape[1]), np.float32)
-    return Assembled(done, matrix, problems)
+    return AssembledVectors(done, matrix, problems)

@@ -28,7 +28,7 @@ _MODEL_CHARACTERS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SentRequest:
     """What was sent in one request: how many inputs, and how many tokens by our own count."""
 
     inputs: int
@@ -44,7 +44,7 @@ class Longest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Embedded:
+class EmbeddedRequest:
     """A request that was answered, and therefore charged."""
 
     request_no: int
@@ -76,14 +76,14 @@ def longest_file(requests: int, inputs: int, widest: int, dimensions: int) -> Lo
 
 def read_answer(
     body: Mapping[str, Any],
-    sent: Sent,
+    sent: SentRequest,
     dimensions: int,
     *,
     normalize: bool,
     request_no: int = 0,
     tokens_factor: float = TOKENS_FACTOR,
     secrets: Sequence[str] = (),
-) -> Embedded | None:
+) -> EmbeddedRequest | None:
     """The answer in a body; None if it has no ``data``. ``dimensions`` are those of the space."""
     data = body.get("data")
     if not isinstance(data, list):
@@ -91,7 +91,7 @@ def read_answer(
     vectors, problems = read_embeddings(data, sent.inputs, dimensions, normalize=normalize)
     tokens, odd = believed_tokens(body.get("usage"), sent.tokens, tokens_factor)
     model = body.get("model")
-    return Embedded(
+    return EmbeddedRequest(
         request_no,
         vectors,
         problems,
@@ -103,13 +103,13 @@ def read_answer(
 
 def read_plain(
     body: Mapping[str, Any],
-    sent: Sent,
+    sent: SentRequest,
     dimensions: int,
     *,
     normalize: bool,
     tokens_factor: float = TOKENS_FACTOR,
     secrets: Sequence[str] = (),
-) -> Embedded:
+) -> EmbeddedRequest:
     """The answer to a plain request. Raises :class:`ProviderSilent` if it has no ``data``."""
     answer = read_answer(body, sent, dimensions, normalize=normalize, tokens_factor=tokens_factor, secrets=secrets)
     if answer is None:

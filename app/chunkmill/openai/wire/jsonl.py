@@ -14,7 +14,7 @@ from json.encoder import encode_basestring
 from typing import Any, Final
 
 from chunkmill.domain.providers import Encoding
-from chunkmill.openai.wire.answers import Embedded, Sent, parse, read_answer
+from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest, parse, read_answer
 from chunkmill.openai.wire.bounds import TOKENS_FACTOR
 from chunkmill.openai.wire.redaction import redact
 
@@ -38,7 +38,7 @@ class RequestForm:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedRequest:
     """A request that failed at the provider. ``message`` is redacted and short."""
 
     request_no: int
@@ -141,12 +141,12 @@ def decode_line(
     line: bytes,
     *,
     batch_id: int,
-    sent: Callable[[int], Sent | None],
+    sent: Callable[[int], SentRequest | None],
     dimensions: int,
     normalize: bool,
     tokens_factor: float = TOKENS_FACTOR,
     secrets: Sequence[str] = (),
-) -> Embedded | Refused | Unreadable:
+) -> EmbeddedRequest | RefusedRequest | Unreadable:
     """Read one line of an output or error file.
 
     ``sent(request_no)`` is what was sent in the request; None if there was no such request. ``dimensions`` are those of
@@ -209,7 +209,7 @@ def _error_in(body: object, status: int | None) -> object:
     return body if status is not None and status >= _HTTP_ERROR else None
 
 
-def _refused(request_no: int, status: int | None, error: object, secrets: Sequence[str]) -> Refused:
+def _refused(request_no: int, status: int | None, error: object, secrets: Sequence[str]) -> RefusedRequest:
     words: list[object] = []
     message = error
     if isinstance(error, dict):
@@ -218,4 +218,4 @@ def _refused(request_no: int, status: int | None, error: object, secrets: Sequen
     named = (redact(word, secrets) for word in words if isinstance(word, str))
     fallback = f"http_{status}" if status is not None else "unknown_error"
     code = next((word for word in named if _CODE.fullmatch(word)), fallback)
-    return Refused(request_no, status, code, redact(message, secrets) or "no message")
+    return RefusedRequest(request_no, status, code, redact(message, secrets) or "no message")

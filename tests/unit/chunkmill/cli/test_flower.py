@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from flower import command
 
-from chunkmill.cli.processes.flower import DEFAULTS, USER, Opening, judge, prepare
+from chunkmill.cli.processes.flower import DEFAULTS, USER, FlowerAddress, judge, prepare
 from chunkmill.errors import InvalidInput
 
 LOGIN = "operator:not-for-strangers"
-HERE = Opening(address="127.0.0.1", port=5555, unix_socket="", logins=(), oauth=False)
-Prepare = Callable[..., tuple[Opening, str, dict[str, str]]]
+HERE = FlowerAddress(address="127.0.0.1", port=5555, unix_socket="", logins=(), oauth=False)
+Prepare = Callable[..., tuple[FlowerAddress, str, dict[str, str]]]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_it_does_not_open_to_other_machines_or_users_without_a_login(
     ],
 )
 def test_what_else_is_refused(
-    opening: Opening, no_auth: bool, terminal: bool, environ: dict[str, str], message: str
+    opening: FlowerAddress, no_auth: bool, terminal: bool, environ: dict[str, str], message: str
 ) -> None:
     with pytest.raises(InvalidInput, match=message) as refused:
         judge(opening, no_auth=no_auth, terminal=terminal, environ=environ)

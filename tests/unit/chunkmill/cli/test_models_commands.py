@@ -22,7 +22,7 @@ from chunkmill.machine import this_machine, versions
 from chunkmill.models import DEFAULT_SPEC, resolve_model
 from chunkmill.models.known import known_models
 from chunkmill.settings import Settings
-from chunkmill.tuning.choose import Constraints, Measured, Setup
+from chunkmill.tuning.choose import Constraints, Setup, SetupMeasurement
 from chunkmill.tuning.profiles import Profile, profile_path, write_profile
 from chunkmill.tuning.yardsticks import yardsticks
 
@@ -59,7 +59,7 @@ def tuned(settings: Settings, *, spec: SpaceSpec = DEFAULT_SPEC, **fields: Any) 
     machine = this_machine(None)
     profile = Profile(
         "all-MiniLM-L6-v2", spec.fingerprint, Setup("native", "bfloat16", 512, 2, 4),
-        Measured(1.0, 1.0, 8_000.0, 5.0, 500.0, 7), Constraints(0.9999), machine, versions(),
+        SetupMeasurement(1.0, 1.0, 8_000.0, 5.0, 500.0, 7), Constraints(0.9999), machine, versions(),
         "2026-11-21T10:00:00+00:00",
     )  # fmt: skip
     profile = replace(profile, **fields)
@@ -90,7 +90,7 @@ def test_the_list_needs_no_server_and_shows_what_was_measured_here(home: Setting
         {"machine": replace(this_machine(None), gpu="a GPU that is not here")},
         {"versions": {}},
         {"model": "no/such-model"},
-        {"measured": Measured(1.0, 1.0)},
+        {"measured": SetupMeasurement(1.0, 1.0)},
     ],
 )
 def test_a_profile_that_does_not_hold_here_measures_nothing(change: dict[str, Any], home: Settings) -> None:
@@ -108,7 +108,7 @@ def test_a_profile_that_cannot_be_read_hides_no_other(home: Settings) -> None:
 def test_of_two_profiles_of_a_model_the_faster_one_counts(home: Settings) -> None:
     int8 = replace(DEFAULT_SPEC, revision="another")
     tuned(home)
-    tuned(home, spec=int8, measured=Measured(1.0, 1.0, 9_000.0, 4.0, 450.0, 7))
+    tuned(home, spec=int8, measured=SetupMeasurement(1.0, 1.0, 9_000.0, 4.0, 450.0, 7))
 
     assert [measured.tokens_per_second for measured in yardsticks(home)] == [9_000.0]
 

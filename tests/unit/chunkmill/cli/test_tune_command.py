@@ -15,12 +15,12 @@ from chunkmill.cli.__main__ import cli
 from chunkmill.machine import Machine
 from chunkmill.models import DEFAULT_SPEC
 from chunkmill.settings import Settings
-from chunkmill.tuning.choose import Candidate, Measured, Setup
+from chunkmill.tuning.choose import Candidate, Setup, SetupMeasurement
 from chunkmill.tuning.profiles import memory_folder, read_profile
 
 MACHINE = Machine("AMD EPYC", 2, ("avx2",))
-FAST = Candidate(Setup("native", "bfloat16", 1024, 2, 2), Measured(0.99996, 0.99999, 9000.0, 7.0, 700.0, 7))
-SMALL = Candidate(Setup("native", "bfloat16", 256, 2, 2), Measured(0.99996, 0.99999, 8000.0, 7.0, 500.0, 4))
+FAST = Candidate(Setup("native", "bfloat16", 1024, 2, 2), SetupMeasurement(0.99996, 0.99999, 9000.0, 7.0, 700.0, 7))
+SMALL = Candidate(Setup("native", "bfloat16", 256, 2, 2), SetupMeasurement(0.99996, 0.99999, 8000.0, 7.0, 500.0, 4))
 BROKEN = Candidate(Setup("onnx", "float32", 1024, 2, 2), problem="backend onnx needs onnxruntime")
 
 

@@ -18,7 +18,7 @@ from chunkmill.cli.tune.command import _BYTES, _SECONDS, Quantity
 from chunkmill.cli.tune.picture import BOTTOM, LEFT, RIGHT, TOP, WIDTH, draw
 from chunkmill.cli.tune.table import show
 from chunkmill.machine import Machine, _quota, cores
-from chunkmill.tuning.choose import NOISE, Candidate, Constraints, Measured, Setup, choose, pareto, ranked
+from chunkmill.tuning.choose import NOISE, Candidate, Constraints, Setup, SetupMeasurement, choose, pareto, ranked
 from chunkmill_workers.tuning.search import Grid, take
 
 V1 = "cpu,cpuacct/x/cpu.cfs"
@@ -29,12 +29,12 @@ MACHINE = Machine("AMD EPYC <9654>", 2, ("avx2",))
 def candidate(speed: float | None, memory: float = 500.0, latency: float = 7.0, **changes: Any) -> Candidate:
     setup = Setup("native", "bfloat16", changes.pop("budget", 1024), 2, 2)
     found = {"cosine_min": 0.99995, "cosine_mean": 0.99999, "rounds": 1} | changes
-    return Candidate(setup, Measured(tokens_per_second=speed, latency_ms=latency, peak_mib=memory, **found))
+    return Candidate(setup, SetupMeasurement(tokens_per_second=speed, latency_ms=latency, peak_mib=memory, **found))
 
 
 FAST, SMALL, QUICK = candidate(900.0, 800.0, 9.0), candidate(500.0, 300.0, 8.0), candidate(400.0, 600.0, 3.0)
 BROKEN = Candidate(FAST.setup, problem="its process was ended by SIGKILL")
-UNGATED = Candidate(FAST.setup, Measured(0.9998, 0.99999))
+UNGATED = Candidate(FAST.setup, SetupMeasurement(0.9998, 0.99999))
 
 
 @pytest.mark.parametrize(

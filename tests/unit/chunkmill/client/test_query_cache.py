@@ -17,7 +17,7 @@ import pytest
 
 from chunkmill.client.asking import cache as module
 from chunkmill.client.asking.cache import ENTRY_BYTES, VectorCache
-from chunkmill.client.asking.gathered import Gathered
+from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.errors import InvalidInput
@@ -44,7 +44,7 @@ def keep(cache: VectorCache, *numbers: int, space: str = SPACE, kind: str = "que
 
 def read(cache: VectorCache, *numbers: int, space: str = SPACE, kind: str = "query") -> list[int]:
     """The numbers whose vector is known."""
-    gathered = Gathered([f"secret {n}" for n in numbers])
+    gathered = DistinctTexts([f"secret {n}" for n in numbers])
     cache.read(space, kind, DIMENSIONS, gathered)
     known = [n for n in numbers if content_hash(f"secret {n}") not in gathered.missing]
     for n, (_, text) in zip(known, gathered.of([content_hash(f"secret {n}") for n in known]), strict=True):

@@ -9,18 +9,27 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from chunkmill.domain.gates import GateResult, Gates, Measured, all_passed, check, loss_for, p95, queries_for
+from chunkmill.domain.gates import (
+    CollectionMeasurement,
+    GateResult,
+    Gates,
+    all_passed,
+    check,
+    loss_for,
+    p95,
+    queries_for,
+)
 from chunkmill.domain.ranking import paired_bootstrap
 from chunkmill.errors import InvalidInput
 
 EQUAL = tuple(np.random.default_rng(0).uniform(0, 1, 500))
-GOOD = Measured(
+GOOD = CollectionMeasurement(
     chunks=1_000, missing=0, canary=True, recall=0.99, recall_queries=200, old_ndcg=EQUAL, new_ndcg=EQUAL,
     old_p95=0.010, new_p95=0.011, timed=100, price=Decimal("0.02"),
 )  # fmt: skip
 
 
-def by_name(gates: Gates, measured: Measured) -> dict[str, GateResult]:
+def by_name(gates: Gates, measured: CollectionMeasurement) -> dict[str, GateResult]:
     return {result.name: result for result in check(gates, measured)}
 
 
@@ -42,7 +51,7 @@ def test_a_space_that_is_as_good_passes_all_gates() -> None:
     ],
 )
 def test_each_gate_stops_what_is_beyond_its_limit_and_no_other_gate_does(
-    name: str, bad: Measured, measured: float, limit: float
+    name: str, bad: CollectionMeasurement, measured: float, limit: float
 ) -> None:
     results = by_name(Gates(price=Decimal("0.02")), bad)
     assert [result.name for result in results.values() if not result.passed] == [name]
@@ -56,7 +65,9 @@ def test_what_is_exactly_at_its_limit_passes() -> None:
 
 
 def test_what_could_not_be_measured_is_not_passed_and_the_sentence_says_why() -> None:
-    nothing = Measured(chunks=10, missing=0, unmeasured={"recall": "No index.", "ndcg": "No query.", "p95": "No time."})
+    nothing = CollectionMeasurement(
+        chunks=10, missing=0, unmeasured={"recall": "No index.", "ndcg": "No query.", "p95": "No time."}
+    )
     results = by_name(Gates(price=Decimal(1)), nothing)
     assert [result.name for result in results.values() if result.passed] == ["coverage", "canary"]
     assert {name: results[name].sentence for name in ("recall", "ndcg", "p95", "price")} == {
@@ -67,7 +78,7 @@ def test_what_could_not_be_measured_is_not_passed_and_the_sentence_says_why() ->
 
 def test_a_gate_that_is_left_out_says_nothing() -> None:
     left = Gates(canary=False, recall=None, ndcg_loss=None, p95_ratio=None)
-    assert [result.name for result in check(left, Measured(chunks=1, missing=0))] == ["coverage"]
+    assert [result.name for result in check(left, CollectionMeasurement(chunks=1, missing=0))] == ["coverage"]
 
 
 def test_a_provider_has_no_golden_texts_and_passes() -> None:

@@ -22,7 +22,7 @@ import chunkmill
 from chunkmill import Audit, Client, Job, JobState, Priority, Route, SearchHit
 from chunkmill.domain import tables
 from chunkmill.domain.maps import CollectionMap
-from chunkmill.domain.printed import Printed, Rows
+from chunkmill.domain.printed import PrintedResult, Rows
 from chunkmill.domain.results import Hits
 from chunkmill.domain.retention import Amount
 
@@ -133,7 +133,7 @@ def returned() -> list[type]:
 
 @pytest.mark.parametrize("kind", returned(), ids=lambda kind: kind.__name__)
 def test_no_text_of_a_result_becomes_markup_and_each_has_a_table(kind: typing.Any) -> None:
-    assert issubclass(kind, Printed)
+    assert issubclass(kind, PrintedResult)
     for result in (made(kind), Rows([made(kind), made(kind)])):
         page = Page(result._repr_html_())
         assert set(page.tags) <= TAGS

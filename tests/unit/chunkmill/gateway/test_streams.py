@@ -14,7 +14,7 @@ from chunkmill.domain.states import JobState
 from chunkmill.errors import NotFound
 from chunkmill.gateway import streams
 from chunkmill.gateway.errors import Refusal
-from chunkmill.gateway.streams import Streamed, Streams
+from chunkmill.gateway.streams import StreamedResponse, Streams
 from tests.support.waiting import PATIENCE
 from tests.unit.chunkmill.gateway.test_shapes import JOB
 
@@ -165,7 +165,7 @@ def test_a_reader_who_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         await asyncio.Event().wait()
 
     async def scene() -> None:
-        answer = await Streamed.of(parts(), media_type="text/plain", ends=lambda: ended.append("place"))
+        answer = await StreamedResponse.of(parts(), media_type="text/plain", ends=lambda: ended.append("place"))
         with pytest.raises(TimeoutError):
             await answer({"type": "http", "method": "GET"}, receive, stuck)
 
@@ -183,7 +183,7 @@ def test_an_error_before_the_first_part_is_raised_and_gives_the_place_back() -> 
 
     async def scene() -> None:
         with pytest.raises(NotFound):
-            await Streamed.of(parts(), media_type="text/plain", ends=lambda: ended.append(True))
+            await StreamedResponse.of(parts(), media_type="text/plain", ends=lambda: ended.append(True))
 
     run(scene())
     assert ended == [True]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from chunkmill.openai.wire.answers import Embedded, Sent
+from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest
 from chunkmill.openai.wire.bounds import believed_tokens
-from chunkmill.openai.wire.jsonl import TOO_LONG, Refused, Unreadable, decode_line
+from chunkmill.openai.wire.jsonl import TOO_LONG, RefusedRequest, Unreadable, decode_line
 
 DIMENSIONS = 4
 VECTORS = np.array([[3, 4, 0, 0], [0, 0, 0.5, 0], [1, -1, 1, -1]], np.float32)
@@ -45,7 +45,7 @@ def decode(
     return decode_line(
         line,
         batch_id=5,
-        sent={2: Sent(count, tokens)}.get,
+        sent={2: SentRequest(count, tokens)}.get,
         dimensions=dimensions,
         normalize=normalize,
         secrets=("very-secret-token",),
@@ -65,7 +65,7 @@ def test_what_was_encoded_is_decoded_in_any_order(count: int, seed: int, as_floa
     plain = decode(line, count, dimensions=8)
     unit = decode(line, count, dimensions=8, normalize=True)
 
-    assert isinstance(plain, Embedded)
+    assert isinstance(plain, EmbeddedRequest)
     assert (plain.request_no, plain.prompt_tokens, plain.problems) == (2, 3, {})
     assert plain.vectors.dtype == unit.vectors.dtype == np.float32
     np.testing.assert_array_equal(plain.vectors, vectors)
@@ -105,7 +105,7 @@ def test_a_bad_vector_is_named_and_its_neighbours_are_kept(bad: Any, reason: str
 
     read = decode(line_of(items), normalize=normalize)
 
-    assert isinstance(read, Embedded)
+    assert isinstance(read, EmbeddedRequest)
     assert list(read.problems) == [1]
     assert reason in read.problems[1]
     assert not read.vectors[1].any()
@@ -202,7 +202,7 @@ def test_a_model_without_a_name_has_none(name: Any) -> None:
 def test_a_paid_answer_without_a_single_vector_keeps_its_bill() -> None:
     read = decode(line_of([None, 3, "x", {"embedding": []}]))
 
-    assert isinstance(read, Embedded)
+    assert isinstance(read, EmbeddedRequest)
     assert (sorted(read.problems), read.prompt_tokens, read.model) == ([0, 1, 2], 12, "m-1")
 
 
@@ -212,7 +212,7 @@ def test_a_paid_answer_without_a_single_vector_keeps_its_bill() -> None:
 def test_a_missing_or_senseless_bill_is_no_number(usage: Any) -> None:
     read = decode(answer({"status_code": 200, "body": {"data": data(), "usage": usage}}))
 
-    assert isinstance(read, Embedded)
+    assert isinstance(read, EmbeddedRequest)
     assert read.prompt_tokens is None
 
 
@@ -259,7 +259,7 @@ REFUSALS: list[tuple[str, bytes, tuple[int | None, str, str]]] = [
 def test_every_shape_of_an_error_is_read(line: bytes, expected: tuple[int | None, str, str]) -> None:
     read = decode(line)
 
-    assert isinstance(read, Refused)
+    assert isinstance(read, RefusedRequest)
     assert (read.request_no, read.status, read.code, read.message) == (2, *expected)
 
 
@@ -308,7 +308,7 @@ ODD_LINES = JSON.map(lambda value: json.dumps({"custom_id": "pb5-2", "response":
 @settings(deadline=None)
 @given(line=st.binary(max_size=200) | ODD_LINES)
 def test_nothing_that_is_sent_makes_the_decoder_fail(line: bytes) -> None:
-    assert isinstance(decode(line), Embedded | Refused | Unreadable)
+    assert isinstance(decode(line), EmbeddedRequest | RefusedRequest | Unreadable)
 
 
 def test_messages_hold_no_secret_no_text_and_few_characters() -> None:
@@ -327,7 +327,7 @@ def test_messages_hold_no_secret_no_text_and_few_characters() -> None:
         assert "secret" not in shown
         assert "private document" not in shown
         assert len(shown) < 450
-        if isinstance(read, Refused) and read.status == 401:
+        if isinstance(read, RefusedRequest) and read.status == 401:
             assert read.code == "http_401"
             cleaned = "Incorrect API key provided: [redacted], [redacted]; input was '…'. word word"
             assert read.message.startswith(cleaned)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.answers import Embedded, Sent
+from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest
 from chunkmill.openai.wire.jsonl import (
     TOO_LONG,
     RequestForm,
@@ -127,8 +127,8 @@ def test_a_file_is_read_in_flat_memory() -> None:
         tracemalloc.start()
         try:
             for one in split_lines(stream(lines), 1_000_000):
-                read = decode_line(one, batch_id=5, sent={2: Sent(32, 32)}.get, dimensions=1536, normalize=True)
-                assert isinstance(read, Embedded)
+                read = decode_line(one, batch_id=5, sent={2: SentRequest(32, 32)}.get, dimensions=1536, normalize=True)
+                assert isinstance(read, EmbeddedRequest)
                 assert not read.problems
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -139,7 +139,7 @@ def test_a_file_is_read_in_flat_memory() -> None:
 
 def test_windows_become_the_content_they_were_cut_from() -> None:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [1, 0], [-1, 0]], np.float32)
-    answered = Embedded(0, vectors, {}, 9, None)
+    answered = EmbeddedRequest(0, vectors, {}, 9, None)
     rows = [
         PackedInput(b"single", 0, 0, 1, 4, 4, truncated=False, weights=()),
         PackedInput(b"split", 0, 1, 2, 9, 9, truncated=False, weights=(3, 1)),
@@ -147,7 +147,7 @@ def test_windows_become_the_content_they_were_cut_from() -> None:
     ]
 
     done, matrix, problems = assemble(answered, rows, normalize=True)
-    hurt = assemble(Embedded(0, vectors, {2: "the vector is zero"}, 9, None), rows[:2], normalize=True)
+    hurt = assemble(EmbeddedRequest(0, vectors, {2: "the vector is zero"}, 9, None), rows[:2], normalize=True)
 
     mean = np.array([0.15, 0.95])
     assert [row.content_hash for row in done] == [b"single", b"split"]

@@ -20,9 +20,9 @@ import pytest
 
 from chunkmill.errors import ProviderError, ProviderSilent
 from chunkmill.openai.plan.endings import after_line_error, after_validation_failure
-from chunkmill.openai.wire.answers import Embedded, Sent, error_of, parse, parse_object, read_plain
+from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest, error_of, parse, parse_object, read_plain
 from chunkmill.openai.wire.bounds import MAX_COUNT
-from chunkmill.openai.wire.jsonl import Refused, Unreadable, decode_line
+from chunkmill.openai.wire.jsonl import RefusedRequest, Unreadable, decode_line
 from chunkmill.openai.wire.redaction import redact
 from chunkmill.openai.wire.status import RemoteBatch, remote_batch
 from tests.unit.chunkmill.openai.odd_bodies import DIMENSIONS, INPUTS, batch, line, oddly_encoded, plain_or_error
@@ -31,14 +31,14 @@ N = int(os.environ.get("ODD_ANSWERS", "200"))
 SEED = 15
 SECRET = "sk-a-key-of-the-test-1234"
 COUNTED = 20
-SENT = Sent(INPUTS, COUNTED)
+SENT = SentRequest(INPUTS, COUNTED)
 
 
 def read_line(encoded: bytes) -> object:
     read = decode_line(
         encoded, batch_id=5, sent={2: SENT}.get, dimensions=DIMENSIONS, normalize=True, secrets=(SECRET,)
     )
-    if isinstance(read, Refused):
+    if isinstance(read, RefusedRequest):
         after_line_error(read.status, read.code, read.message, n_inputs_in_request=1)
     return read
 
@@ -63,8 +63,8 @@ def read_batch(encoded: bytes) -> object:
 
 
 READERS: list[tuple[Callable[[random.Random], Any], Callable[[bytes], object], tuple[type, ...]]] = [
-    (line, read_line, (Embedded, Refused, Unreadable)),
-    (plain_or_error, read_body, (Embedded, dict)),
+    (line, read_line, (EmbeddedRequest, RefusedRequest, Unreadable)),
+    (plain_or_error, read_body, (EmbeddedRequest, dict)),
     (batch, read_batch, (RemoteBatch, str)),
 ]
 
@@ -92,7 +92,7 @@ def test_an_odd_answer_is_read_or_is_an_error_that_we_know(
 
 def _check(answer: object, n: int) -> None:
     """Everything in it can be written into Postgres and onto a terminal, and is within bounds."""
-    if isinstance(answer, Embedded):
+    if isinstance(answer, EmbeddedRequest):
         assert answer.vectors.shape == (INPUTS, DIMENSIONS), n
         assert answer.vectors.dtype == np.float32
         good = [place for place in range(INPUTS) if place not in answer.problems]
@@ -147,6 +147,6 @@ def test_a_right_answer_of_each_kind_is_read_whole() -> None:
     for right, read, kinds in READERS:
         answers = [read(json.dumps(right(rng)).encode()) for _ in range(40)]
         assert {type(answer) for answer in answers} <= set(kinds)
-        whole = [answer for answer in answers if isinstance(answer, Embedded | RemoteBatch)]
+        whole = [answer for answer in answers if isinstance(answer, EmbeddedRequest | RemoteBatch)]
         assert len(whole) > 10
-        assert all(answer.problems == {} for answer in whole if isinstance(answer, Embedded))
+        assert all(answer.problems == {} for answer in whole if isinstance(answer, EmbeddedRequest))

@@ -15,7 +15,7 @@ from chunkmill.errors import EmbeddedStackError, InvalidSetting
 from chunkmill.machine import Machine, versions
 from chunkmill.models import DEFAULT_SPEC
 from chunkmill.settings import Settings
-from chunkmill.tuning.choose import Constraints, Measured, Setup
+from chunkmill.tuning.choose import Constraints, Setup, SetupMeasurement
 from chunkmill.tuning.profiles import (
     Profile,
     ProfileLookup,
@@ -33,7 +33,7 @@ from chunkmill.tuning.profiles import (
 MACHINE = Machine("AMD EPYC (family 25, model 17)", 2, ("avx2", "avx512_bf16"))
 SETUP = Setup("native", "bfloat16", 512, 2, 4)
 PROFILE = Profile(
-    "all-MiniLM-L6-v2", DEFAULT_SPEC.fingerprint, SETUP, Measured(0.99997, 0.99999, 12_345.6, 6.8, 512.25, 7),
+    "all-MiniLM-L6-v2", DEFAULT_SPEC.fingerprint, SETUP, SetupMeasurement(0.99997, 0.99999, 12_345.6, 6.8, 512.25, 7),
     Constraints(0.9999, max_latency_ms=20.0), MACHINE, versions(), "2026-11-21T10:00:00+00:00",
 )  # fmt: skip
 

@@ -15,10 +15,10 @@ import pytest
 from chunkmill.errors import InvalidInput
 from chunkmill.models import resolve_model
 from chunkmill_workers.benchmarks import contest, flops, machine
-from chunkmill_workers.benchmarks.contest import Field, Ground, Skipped
+from chunkmill_workers.benchmarks.contest import AbsentPeer, Field, Ground
 from chunkmill_workers.benchmarks.names import OUR, REFERENCE
 from chunkmill_workers.benchmarks.peers import Peer, environments, export, peers
-from chunkmill_workers.benchmarks.peers.process import PeerError, Running
+from chunkmill_workers.benchmarks.peers.process import PeerError, PeerProcess
 
 LETTERS = Peer("letters", "tests.fixtures.bench_adapter", "fp32", "none", ("numpy",))
 
@@ -31,7 +31,7 @@ def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ground:
     return Ground(folder, "cpu", 2, tmp_path, quick=True)
 
 
-def start(on: Ground, options: Mapping[str, Any] | None = None, **setting: Any) -> Running:
+def start(on: Ground, options: Mapping[str, Any] | None = None, **setting: Any) -> PeerProcess:
     return contest.start(replace(LETTERS, options=options or {}), setting, on)
 
 
@@ -162,7 +162,7 @@ def test_others_are_skipped_but_ours_and_the_reference_must_run(on: Ground) -> N
 
     with contest.enter([LETTERS, replace(broken, name="broken"), needs_more], on, ["abc"], lambda _: None) as field:
         assert [each.peer.name for each in field.contenders] == ["letters"]
-        assert field.skipped[0] == Skipped("broken", "ValueError: this setting fails")
+        assert field.skipped[0] == AbsentPeer("broken", "ValueError: this setting fails")
         assert field.skipped[1].install == "chunkmill bench --install-peers"
         process = field["letters"].running
         assert field.as_json()["contenders"][0]["versions"] == {"numpy": np.__version__}
@@ -170,7 +170,7 @@ def test_others_are_skipped_but_ours_and_the_reference_must_run(on: Ground) -> N
 
     unavailable = replace(LETTERS, options={"unavailable": "no kernels here"}, name=f"{OUR} int8")
     with contest.enter([unavailable], on, ["abc"], lambda _: None) as field:
-        assert field == Field([], [Skipped(f"{OUR} int8", "no kernels here")])
+        assert field == Field([], [AbsentPeer(f"{OUR} int8", "no kernels here")])
     for name in (f"{OUR} bf16", REFERENCE):
         with (
             pytest.raises(PeerError, match="this setting fails"),

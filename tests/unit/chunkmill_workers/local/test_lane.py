@@ -18,7 +18,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.loop import URGENT_RUN
 from chunkmill_workers.engine.results import TextFailure, TokenBatchResult
 from chunkmill_workers.local import lane as lane_module
-from chunkmill_workers.local.lane import SLICE_TEXTS, Asked, Kind, Lane, NobodyWaits, WorkerLeaves
+from chunkmill_workers.local.lane import SLICE_TEXTS, Kind, Lane, LaneRequest, NobodyWaits, WorkerLeaves
 from tests.support.waiting import PATIENCE, running, until
 
 SPEC = dataclasses.replace(DEFAULT_SPEC, dimensions=2, normalize=False)
@@ -98,7 +98,7 @@ class Asker:
         self, name: str, *texts: object, space: Space = ONE, kind: Kind = "query", urgency: int = 0, **more: Any
     ) -> None:
         self.lane.submit(
-            Asked(
+            LaneRequest(
                 space,
                 kind,
                 tuple(map(str, texts)),
@@ -449,7 +449,7 @@ def test_a_callback_that_raises_ends_no_thread_and_no_other_request(
     def breaks(_: object) -> None:
         raise ValueError("the socket is gone")
 
-    lane.submit(Asked(ONE, "query", ("1",), on_answer=breaks, on_error=breaks))
+    lane.submit(LaneRequest(ONE, "query", ("1",), on_answer=breaks, on_error=breaks))
     asker.ask("a", 2)
     lane.settle()
     assert asker.values() == {"a": [2]}

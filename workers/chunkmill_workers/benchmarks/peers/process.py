@@ -53,7 +53,7 @@ class PeerError(Exception):
         self.log = log
 
 
-class Running:
+class PeerProcess:
     """A peer's process, loaded with one setting, after its first vector; its log is beside the others in ``logs``."""
 
     def __init__(self, peer: Peer, model: Model, setting: Setting, *, threads: int, device: str, logs: Path) -> None:

@@ -15,7 +15,7 @@ from chunkmill_workers.engine.windows import Ids
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
+class TokenVectors:
     """The token vectors of one TokenBatch: padded on the right, or packed, which is one text after the other."""
 
     vectors: torch.Tensor
@@ -43,7 +43,7 @@ class Backend(Protocol):
     embedding_rows: int
     """How many tokens the model knows."""
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         """The token vectors of ``rows``, each (length,) int32 with special tokens. Raises what the model raises.
 
         ``only`` is (n,) int64: the position of the one token that is pooled in each row; None if all are. With ``only``
@@ -53,10 +53,10 @@ class Backend(Protocol):
         ...
 
 
-def pick(hidden: Hidden, only: NDArray[np.int64] | None) -> Hidden:
+def pick(hidden: TokenVectors, only: NDArray[np.int64] | None) -> TokenVectors:
     """The vectors that ``only`` names, for a backend that has computed those of every token."""
     if only is None:
         return hidden
     device = hidden.vectors.device
     vectors = hidden.vectors[torch.arange(len(only), device=device), to_device(only, device)]
-    return Hidden(vectors[:, None], torch.ones_like(hidden.lengths))
+    return TokenVectors(vectors[:, None], torch.ones_like(hidden.lengths))

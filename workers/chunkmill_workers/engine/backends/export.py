@@ -24,7 +24,7 @@ from torch.nn import functional
 from chunkmill.errors import ChunkmillError, ModelLoadError
 from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.settings import Settings
-from chunkmill_workers.engine.backends import Backend, Hidden
+from chunkmill_workers.engine.backends import Backend, TokenVectors
 from chunkmill_workers.engine.backends.exported import (
     GRAPHS,
     INPUTS,
@@ -215,7 +215,7 @@ def _check_batches(tokenizer: TextTokenizer, limit: int) -> list[list[Ids]]:
     return [*([row] for row in rows), rows]
 
 
-def _min_cosine(expected: Sequence[Hidden], batches: Sequence[Sequence[Ids]], backend: Backend) -> float:
+def _min_cosine(expected: Sequence[TokenVectors], batches: Sequence[Sequence[Ids]], backend: Backend) -> float:
     """The lowest cosine of all tokens; NaN if a vector is not finite."""
     lowest = []
     for hidden, batch in zip(expected, batches, strict=True):

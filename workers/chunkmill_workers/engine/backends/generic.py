@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkmill_workers.engine.backends import Hidden, pick
+from chunkmill_workers.engine.backends import TokenVectors, pick
 from chunkmill_workers.engine.encoder.layout import lay_out
 from chunkmill_workers.engine.windows import Ids
 
@@ -36,7 +36,7 @@ class TransformersBackend:
         self.dtype = dtype
         self.embedding_rows: int = model.get_input_embeddings().weight.shape[0]
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         layout = lay_out(rows, packed=False, pad_id=self._pad_id, device=self.device)
         ids = layout.ids.view(len(layout), layout.longest).long()
         mask = None if layout.full else layout.inside.long()  # kernels are faster without a mask
@@ -45,7 +45,7 @@ class TransformersBackend:
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
         with torch.inference_mode(), half:
             output = self._model(input_ids=ids, attention_mask=mask, **self._options)
-            return pick(Hidden(output.last_hidden_state, layout.lengths), only)
+            return pick(TokenVectors(output.last_hidden_state, layout.lengths), only)
 
 
 # Biases of products that a module keeps beside its linear layers, as DeBERTa does. In fp32 they would turn the queries

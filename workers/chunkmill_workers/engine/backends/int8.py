@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.errors import InvalidSetting
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.encoder import calibration
 from chunkmill_workers.engine.encoder.architectures import NATIVE_ARCHITECTURES, Build, build_encoder
@@ -67,7 +67,7 @@ def require_int8(device: torch.device, backend: str, dtype: torch.dtype) -> None
 class Int8Backend(NativeBackend):
     """See :class:`~chunkmill_workers.engine.backends.Backend`. ``dtype`` is that of attention; products are in int8."""
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         """The token vectors of ``rows``. With attention in fp32, only rows of the same length share a pass.
 
         Beside longer rows a value may be a bit larger and be rounded up instead of down. This difference grows from
@@ -86,7 +86,9 @@ class Int8Backend(NativeBackend):
         vectors = torch.zeros(len(rows), longest, hidden)
         for at, values in parts:
             vectors[torch.from_numpy(at), : values.shape[1]] = values.float()
-        return Hidden(vectors, torch.from_numpy(lengths) if only is None else torch.ones(len(rows), dtype=torch.int64))
+        return TokenVectors(
+            vectors, torch.from_numpy(lengths) if only is None else torch.ones(len(rows), dtype=torch.int64)
+        )
 
     def careful_twin(self) -> Self:
         """A backend with the same products and with attention that holds scores of any size.
@@ -129,7 +131,7 @@ def load_int8(
             layout = lay_out([rows[row] for row in at], packed=False, pad_id=pad_id, device=build.device)
             observer.inside = None if layout.full else layout.inside.flatten()
             vectors = exact(layout, varlen=None, careful=True).view(len(layout), layout.longest, -1)
-            expected[at] = head(Hidden(vectors, layout.lengths), skips=np.zeros(len(at), np.int32))
+            expected[at] = head(TokenVectors(vectors, layout.lengths), skips=np.zeros(len(at), np.int32))
         quantizer = Quantizer(observer.ranges, slots=build.slots, half=build.dtype)
         encoder = build_encoder(model, replace(build, products=quantizer))
     assert encoder is not None  # noqa: S101 - it was built a moment ago

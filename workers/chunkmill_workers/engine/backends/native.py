@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.encoder.architectures import Build, build_encoder
 from chunkmill_workers.engine.encoder.attention import Varlen, find_varlen
 from chunkmill_workers.engine.encoder.encoder import Encoder
@@ -43,16 +43,16 @@ class NativeBackend:
         varlen = find_varlen(encoder.heads, encoder.dtype, build.device) if encoder.bias is None else None
         return cls(encoder, device=build.device, pad_id=pad_id, varlen=varlen)
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         layout = lay_out(rows, packed=self.packed, pad_id=self._pad_id, device=self.device)
         with torch.inference_mode():
             if only is None:
                 vectors = self._run(layout, None)
                 if layout.owners is None:
                     vectors = vectors.view(len(layout), layout.longest, -1)
-                return Hidden(vectors, layout.lengths, layout.owners)
+                return TokenVectors(vectors, layout.lengths, layout.owners)
             keep = layout.slots(to_device(only, self.device))
-            return Hidden(self._run(layout, keep)[:, None], torch.ones_like(layout.lengths))
+            return TokenVectors(self._run(layout, keep)[:, None], torch.ones_like(layout.lengths))
 
     def _run(self, layout: Layout, keep: torch.Tensor | None) -> torch.Tensor:
         return self._encoder(layout, varlen=self._varlen, careful=self.careful, keep=keep)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chunkmill.errors import InvalidSetting
 from chunkmill.models import ModelFolder
-from chunkmill_workers.engine.backends import Hidden, pick
+from chunkmill_workers.engine.backends import TokenVectors, pick
 from chunkmill_workers.engine.backends.exported import INPUTS, OUTPUT, find, pad, unreadable
 from chunkmill_workers.engine.windows import Ids
 
@@ -67,7 +67,7 @@ class OnnxBackend:
         export = find(folder, "onnx")
         return cls(export.graph, embedding_rows=export.statement.embedding_rows, threads=threads, pad_id=pad_id)
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         ids, mask, lengths = pad(rows, self._pad_id)
         (vectors,) = self._session.run([OUTPUT], dict(zip(INPUTS, (ids, mask), strict=True)))
-        return pick(Hidden(torch.from_numpy(vectors), torch.from_numpy(lengths)), only)
+        return pick(TokenVectors(torch.from_numpy(vectors), torch.from_numpy(lengths)), only)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chunkmill.errors import InvalidSetting, ModelLoadError
 from chunkmill.models import ModelFolder
-from chunkmill_workers.engine.backends import Hidden, pick
+from chunkmill_workers.engine.backends import TokenVectors, pick
 from chunkmill_workers.engine.backends.exported import INPUTS, OUTPUT, find, pad, unreadable
 from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.windows import Ids
@@ -79,11 +79,11 @@ class OpenVinoBackend:
         rows = export.statement.embedding_rows
         return cls(export.graph, embedding_rows=rows, dtype=dtype, threads=threads, pad_id=pad_id)
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         ids, mask, lengths = pad(rows, self._pad_id)
         # OpenVINO writes into memory of this pass. The request's own memory would be overwritten by the next pass.
         vectors = np.empty((*ids.shape, self._hidden), np.float32)
         for name, values in zip((*INPUTS, OUTPUT), (ids, mask, vectors), strict=True):
             self._request.set_tensor(name, self._openvino.Tensor(values, shared_memory=True))
         self._request.infer()
-        return pick(Hidden(torch.from_numpy(vectors), torch.from_numpy(lengths)), only)
+        return pick(TokenVectors(torch.from_numpy(vectors), torch.from_numpy(lengths)), only)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from chunkmill.errors import ModelLoadError
 from chunkmill.models import ModelFolder
 from chunkmill.models.static import NAMES, WEIGHTS
-from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends import TokenVectors
 from chunkmill_workers.engine.windows import Ids
 
 STATIC_BATCH_TOKENS = 65_536
@@ -51,13 +51,13 @@ class StaticBackend:
             raise ModelLoadError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
         return cls(table)
 
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         ends = np.cumsum([len(row) for row in rows], dtype=np.int32)
         starts = np.concatenate((np.zeros(1, np.int32), ends[:-1]))
         ids = torch.from_numpy(np.concatenate(rows))
         with torch.inference_mode():
             means = functional.embedding_bag(ids, self._table, torch.from_numpy(starts), mode="mean")
-        return Hidden(means[:, None], torch.ones(len(rows), dtype=torch.int64))
+        return TokenVectors(means[:, None], torch.ones(len(rows), dtype=torch.int64))
 
 
 def _table(tensors: Mapping[str, Any]) -> torch.Tensor:
