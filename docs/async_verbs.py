@@ -35,7 +35,7 @@ from __future__ import annotations
 {imports}
 
 
-class AsyncVerbs(Running):
+class AsyncVerbs(RunningCalls):
     """Every public method of ``Client``, with its arguments."""
 '''
 
@@ -52,7 +52,7 @@ def verbs() -> str:
 
 
 NEW_NAMES = {"AsyncIterable", "AsyncGenerator", "Awaitable", "Callable"}
-RUNNING = "from chunkmill.client.aio.running import Running"
+RUNNING = "from chunkmill.client.aio.running import RunningCalls"
 
 
 def public_methods() -> Iterator[tuple[str, FunctionType]]:

@@ -179,9 +179,9 @@ def _there(conn: sa.Connection, settings: Settings) -> _Destination:
         row.types,
         row.public_is_used,
         {
-            schema: found
+            schema: theirs
             for schema in dict.fromkeys([settings.database_schema, *([installation.schema] if installation else [])])
-            if schema != "public" and (found := restored.of_others(conn, schema, installation))
+            if schema != "public" and (theirs := restored.of_others(conn, schema, installation))
         },
     )
 
@@ -219,11 +219,11 @@ def _check(archive: archives.Archive, there: _Destination, settings: Settings) -
             "the schema 'public' of this database holds tables, and an installation in 'public' cannot be told from "
             "tables of other programs. Restore into a new database: CREATE DATABASE chunkmill;"
         )
-    for schema, found in there.of_others.items():
-        more = f" and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
+    for schema, theirs in there.of_others.items():
+        more = f" and {len(theirs) - NAMED:,} more" if len(theirs) > NAMED else ""
         raise InvalidInput(
             f"a restore would delete what is not Chunkmill's in the schema {schema!r} of the database {there.address}, "
-            f"or depends on its tables: {', '.join(found[:NAMED])}{more}. Nothing was changed. Restore into a new "
+            f"or depends on its tables: {', '.join(theirs[:NAMED])}{more}. Nothing was changed. Restore into a new "
             "database: CREATE DATABASE chunkmill; or move tables of other programs into another schema, with ALTER "
             "TABLE and SET SCHEMA, and drop what you can make again."
         )

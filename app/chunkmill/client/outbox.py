@@ -89,13 +89,13 @@ def enqueue_within(
             transaction.rows(statements.lock_key, {"lock": KEY_LOCK, "key": request.idempotency_key})
             # What this very transaction has written is seen by nobody else, and it may see nothing new itself.
             own = transaction.rows(statements.entry_of_key, {"key": request.idempotency_key})
-            found = _found(db, request, outbox.held(own[0]) if own else None)
-            if found is not None and found.has_all:
-                require_same_chunks(request, found.job_id, found.digest, prepared)
-                undelivered = transaction.rows(statements.job, {"job_id": found.job_id})
-                return found.job_id if found.is_sealed or not undelivered else outbox.as_job(undelivered[0])
-            if found is not None:
-                job_id = found.job_id  # its producer died, and this transaction completes its enqueue
+            keyed = _job_of_key(db, request, outbox.held(own[0]) if own else None)
+            if keyed is not None and keyed.has_all:
+                require_same_chunks(request, keyed.job_id, keyed.digest, prepared)
+                undelivered = transaction.rows(statements.job, {"job_id": keyed.job_id})
+                return keyed.job_id if keyed.is_sealed or not undelivered else outbox.as_job(undelivered[0])
+            if keyed is not None:
+                job_id = keyed.job_id  # its producer died, and this transaction completes its enqueue
             prepared = digested(prepared, digest)
         entry = OutboxEntry(
             job_id=job_id,
@@ -124,7 +124,7 @@ def enqueue_within(
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _KeyedJob:
     """The job that has the key of a request already."""
 
     job_id: int
@@ -134,7 +134,7 @@ class _Found:
     """All its chunks are in the ledger or in the outbox."""
 
 
-def _found(db: sa.Engine, request: EnqueueRequest, own: KeyedEntry | None) -> _Found | None:
+def _job_of_key(db: sa.Engine, request: EnqueueRequest, own: KeyedEntry | None) -> _KeyedJob | None:
     """The job of the request's key, if there is one. ``own`` is the one that the producer's transaction sees in the
     outbox. Raises :class:`InvalidInput` if it asked for something else."""
     assert request.idempotency_key is not None  # noqa: S101
@@ -150,11 +150,11 @@ def _found(db: sa.Engine, request: EnqueueRequest, own: KeyedEntry | None) -> _F
             on_long=request.on_long,
         )
         if job is not None and job.is_sealed:
-            return _Found(job.id, streams.digest_of(conn, job.id), is_sealed=True, has_all=True)
+            return _KeyedJob(job.id, streams.digest_of(conn, job.id), is_sealed=True, has_all=True)
         if held is not None:
             require_same_request(conn, held, request)
-            return _Found(held.job_id, held.digest, is_sealed=False, has_all=True)
-        return None if job is None else _Found(job.id, None, is_sealed=False, has_all=False)
+            return _KeyedJob(held.job_id, held.digest, is_sealed=False, has_all=True)
+        return None if job is None else _KeyedJob(job.id, None, is_sealed=False, has_all=False)
 
 
 def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[PreparedChunk | InvalidChunk]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.client.aio.running import Running
+from chunkmill.client.aio.running import RunningCalls
 from chunkmill.client.hybrid import MAX_JUDGED
 from chunkmill.domain.bridges import Bridge
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
@@ -49,7 +49,7 @@ from chunkmill.domain.states import Priority, Route
 from chunkmill.domain.stored import Exported, StoredChunk
 
 
-class AsyncVerbs(Running):
+class AsyncVerbs(RunningCalls):
     """Every public method of ``Client``, with its arguments."""
 
     async def enqueue(
