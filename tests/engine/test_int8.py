@@ -65,10 +65,16 @@ def test_it_is_refused_for_other_backends(toy_path: Callable[[str], Path]) -> No
 
 @native
 def test_a_vector_that_is_not_finite_is_computed_again_in_int8(int8: Engine, minilm: Engine) -> None:
-    """One in fp32 would be no vector of its space."""
+    """One in fp32 would be no vector of its space.
+
+    Attention that holds scores of any size is rounded in another way on some processors, and so is all after it.
+    """
     texts = ["fine", "poison", "good"]
     expected = int8.embed(texts).vectors
-    assert np.abs(expected - minilm.embed(texts).vectors).max() > 1e-4
+    careful = Engine.load("all-MiniLM-L6-v2", device="cpu", precision=Precision.INT8)
+    careful._runner.backend = careful._backend.careful_twin()
+    expected[1] = careful.embed(texts).vectors[1]
+    assert np.abs(expected - minilm.embed(texts).vectors).max(1).min() > 1e-4
     engine = Engine.load("all-MiniLM-L6-v2", device="cpu", precision=Precision.INT8)
     engine._runner.backend = faulty = FaultyBackend(engine._backend)
     faulty.spoils = has_word(engine, "poison")

@@ -52,7 +52,8 @@ def test_an_error_of_any_words_is_recorded_and_quotes_no_text(
 
     monkeypatch.setattr(Engine, "stream", fails)
     for _ in range(5):  # its permitted attempts, and no death
-        hands.rows("UPDATE chunk_batches SET not_before = now() RETURNING id")
+        hands.rows("UPDATE chunk_batches SET not_before = now() WHERE id = 1 RETURNING id")
+        hands.rows("UPDATE chunk_batches SET rung_at = NULL WHERE id = 2 RETURNING id")  # else it takes its turn
         assert run_chunk_batch(context, 1) is TaskResult.FAILED
     assert hands.rows("SELECT state, deaths, error_code FROM chunk_batches WHERE id = 1") == [
         ("discarded", 0, "engine_error" if isinstance(error, EngineError) else "worker_error")

@@ -22,10 +22,11 @@ from chunkmill.ledger.work.usage import Outcome
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.collect import DOWNLOADS
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.responder import ProviderResponder
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, Call, until
 
 WORKERS = Path(__file__).parents[2] / "workers" / "chunkmill_workers"
 TIMES = 2
@@ -94,6 +95,14 @@ def let_go(stage: Scene, jobs: list[Job]) -> None:
 def let_both_run(stage: Scene) -> None:
     stage.run_until(lambda: len(stage.batches()) == 2, hurry=False)
     until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2)
+
+
+def ask(stage: Scene, jobs: list[Job]) -> None:
+    """Somebody wants vectors while the jobs are open."""
+    asked = Call(lambda: stage.corridor.client.embed(["a question", "another question"], timeout=PATIENCE))
+    stage.run_until(lambda: stage.corridor.rows("SELECT FROM embed_requests"))
+    assert ProviderResponder(stage.corridor.context).answer_next()
+    asked.result()
 
 
 def resume(route: str) -> Callable[[Scene, list[Job]], None]:
@@ -203,6 +212,7 @@ STORIES = {
         route="openai-sync",
         act=resume("openai-sync"),
     ),
+    "a question": Story(("book an answer",), route="openai-sync", act=ask),
     "a vector that is none": Story(
         ("failed",), lambda server: server.misbehave("not_finite", after=1), route="openai-sync"
     ),
