@@ -182,8 +182,11 @@ def test_a_lesson_about_memory_holds_below_the_profile(toy: Path) -> None:
 
 
 def test_what_is_set_explicitly_wins(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the profile, and over what a worker has learned when memory was short."""
     keep(Settings.from_env())
     folder = resolve_model(str(toy))
+    load_engine(Settings.from_env(), folder, "cpu", this_machine())._token_budget.shrink(100)
+    assert load_engine(Settings.from_env(), folder, "cpu", this_machine()).batch_tokens == 50
     monkeypatch.setenv("EMBEDDING_BATCH_TOKENS", "80")
     assert load_engine(Settings.from_env(), folder, "cpu", this_machine()).batch_tokens == 80
     monkeypatch.delenv("EMBEDDING_BATCH_TOKENS")

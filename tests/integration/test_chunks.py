@@ -29,7 +29,7 @@ from chunkmill.store import indexing, segments
 from chunkmill.store.delete import delete_some
 from chunkmill.store.write import write_vectors
 from tests.integration.hands import Hands
-from tests.support.waiting import Call, until
+from tests.support.waiting import Call, running, until
 
 DIMENSIONS = 384
 NAMES = ("docs", "others")
@@ -271,6 +271,25 @@ def test_a_filter_deletes_what_passes_it_and_texts_that_nothing_uses(
         assert tuple(conn.execute(sa.text(counts)).one()) == (6, 11)
     assert client.delete("docs", filter={"half": 1}) == 0
     assert client.audit("docs").complete
+
+
+def test_two_who_build_the_index_of_metadata_at_once_do_not_wait_for_each_other(
+    client: Client, db: sa.Engine, hands: Hands
+) -> None:
+    """Each build waits for all transactions that began before it."""
+    fill(client, db)
+    with db.connect() as writer, writer.begin() as window:
+        writer.execute(sa.text("LOCK TABLE chunks IN ROW EXCLUSIVE MODE"))
+        writer.execute(sa.text("SELECT pg_current_xact_id()"))
+        with running(lambda: indexing.index_metadata(db), lambda: indexing.index_metadata(db)) as builders:
+            until(lambda: hands.waiting() >= 1)
+            second = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE :query"
+            until(lambda: hands.rows(second, query="%pg_try_advisory_lock(%")[0][0] >= 1 or hands.waiting() >= 2)
+            window.rollback()
+        for builder in builders:
+            builder.result()
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('ix_chunks_metadata')"
+    assert hands.rows(valid) == [(True,)]
 
 
 @pytest.mark.parametrize("has_index", [False, True], ids=["without index", "with index"])

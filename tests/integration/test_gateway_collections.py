@@ -251,11 +251,25 @@ def test_chunks_are_paged_and_read_by_their_ids(scene: GatewayScene, name: str) 
 
 
 def test_a_page_of_large_chunks_ends_early(scene: GatewayScene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "PAGE_BYTES", 20)
+    monkeypatch.setattr(routes, "PAGE_BYTES", 40)
     monkeypatch.setattr(routes, "IDS_STEP", 2)
     page = scene.http.get(of(DOCS, "/chunks")).json()
     assert ([chunk["id"] for chunk in page["chunks"]], page["next"]) == (["0", "1"], "1")
     by_id = scene.http.get(of(DOCS, "/chunks"), params=[("id", str(i)) for i in range(6)])
+    assert (by_id.status_code, error(by_id)["code"]) == (413, "answer_too_large")
+
+
+@pytest.mark.parametrize(("what", "most"), [("metadata", 30), ("vectors", 10_000)])
+def test_metadata_and_vectors_count_in_a_page_without_texts(
+    scene: GatewayScene, monkeypatch: pytest.MonkeyPatch, what: str, most: int
+) -> None:
+    monkeypatch.setattr(routes, "PAGE_BYTES", most)
+    monkeypatch.setattr(routes, "IDS_STEP", 2)
+    options = {"with_text": "false", "with_vector": str(what == "vectors").lower()}
+    page = scene.http.get(of(DOCS, "/chunks"), params=options).json()
+    assert 0 < len(page["chunks"]) < 6
+    assert page["next"] == page["chunks"][-1]["id"]
+    by_id = scene.http.get(of(DOCS, "/chunks"), params=[("id", str(i)) for i in range(6)] + list(options.items()))
     assert (by_id.status_code, error(by_id)["code"]) == (413, "answer_too_large")
 
 

@@ -52,6 +52,10 @@ KEY_LOCK = 0x63686D29
 it, also a producer's own one, whose job is not in ``jobs`` before it is delivered."""
 
 
+METADATA_LOCK = 0x63686D2A
+"""The first of two keys; the second is 0. One connection at a time builds the index of all metadata."""
+
+
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})

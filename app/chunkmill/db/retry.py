@@ -44,6 +44,22 @@ def is_outage(error: BaseException) -> bool:
     return _is_one_of(_OUTAGE, error)
 
 
+def transaction_id(conn: sa.Connection) -> str:
+    """The number that Postgres gives to this transaction."""
+    return str(conn.execute(sa.text("SELECT CAST(pg_current_xact_id() AS text)")).scalar_one())
+
+
+def is_committed(conn: sa.Connection, number: str) -> bool:
+    """Whether an earlier run of this transaction was committed, although its answer was lost. ``number`` is that of the
+    earlier run. While its session is still at it, this waits, up to 30 s."""
+    query, deadline = sa.text("SELECT pg_xact_status(CAST(CAST(:number AS text) AS xid8))"), time.monotonic() + 30.0
+    while (status := conn.execute(query, {"number": number}).scalar_one()) == "in progress":
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    return status == "committed"
+
+
 def _is_one_of(codes: tuple[str, ...], error: BaseException) -> bool:
     if limit_of(error):
         return False  # although some of these limits also end the session

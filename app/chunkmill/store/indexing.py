@@ -17,7 +17,15 @@ import psycopg
 import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal, sqlstate
-from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, FLUSH_SPACE_LOCK, MERGE_LOCK, MERGE_SPACE_LOCK, holders
+from chunkmill.db.locks import (
+    DELETE_LOCK,
+    FLUSH_LOCK,
+    FLUSH_SPACE_LOCK,
+    MERGE_LOCK,
+    MERGE_SPACE_LOCK,
+    METADATA_LOCK,
+    holders,
+)
 from chunkmill.domain import serving
 from chunkmill.domain.reembedding import ReembeddingState
 from chunkmill.domain.serving import (
@@ -498,10 +506,17 @@ def index_metadata(db: sa.Engine) -> None:
         LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indexrelid = to_regclass('ix_chunks_metadata')
         WHERE t.oid = to_regclass('chunks')
     """
-    # CREATE INDEX CONCURRENTLY cannot run inside a transaction.
-    with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+    with db.begin() as conn:
         row = conn.execute(sa.text(look)).one()
-        if not row.may or row.indisvalid:
+    if not row.may or row.indisvalid:
+        return
+    # CREATE INDEX CONCURRENTLY waits for the transactions of others, and two who build at once would wait for each
+    # other. It cannot run inside a transaction.
+    with (
+        _alone(db, [_Key(METADATA_LOCK, 0)], wait=True),
+        db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn,
+    ):
+        if conn.execute(sa.text(look)).one().indisvalid:
             return
         conn.execute(sa.text("DROP INDEX CONCURRENTLY IF EXISTS ix_chunks_metadata"))
         create = """

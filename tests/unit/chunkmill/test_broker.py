@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from celery import Celery
 from redis._parsers.base import BaseParser
 
-from chunkmill.broker import PRIORITY_STEPS, Broker, make_celery
+from chunkmill.broker import PRIORITY_STEPS, Broker, _batch, make_celery
 from chunkmill.domain.states import Priority
 from chunkmill.settings import Settings
 from chunkmill.transport import RedisTransport
@@ -147,3 +149,18 @@ def test_every_answer_with_which_redis_refuses_is_an_outage_to_a_worker() -> Non
     """Whatever its first word: a newer server may have words that no client knows."""
     for answer in ("MISCONF x", "NOREPLICAS x", "OOM x", "READONLY x", "NOPERM x", "ERR x", "NEVERHEARD x", "BUSY x"):
         assert isinstance(BaseParser.parse_error(answer), RedisTransport.connection_errors), answer
+
+
+def test_doorbells_go_with_any_kombu_that_is_allowed() -> None:
+    """A producer of kombu before 5.7 has no ``batch``."""
+    sizes: list[int] = []
+
+    class Newer:
+        @contextlib.contextmanager
+        def batch(self, max_size: int) -> Iterator[None]:
+            sizes.append(max_size)
+            yield
+
+    for producer, times in ((object(), 0), (Newer(), 1)):
+        with _batch(producer):
+            assert len(sizes) == times

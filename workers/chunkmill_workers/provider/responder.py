@@ -12,6 +12,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.db.retry import is_committed, transaction_id
 from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong
@@ -248,11 +249,14 @@ class _Question:
         contents = len(part.items)
         tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
         self._committed -= part.tokens
+        runs: list[str] = []
 
         def book(conn: sa.Connection) -> str | None:
             refusal = refuse_model(conn, space.id, asked=model.name, answered=embedded.model)
-            if embed_requests.committed_of(conn, self.request) == self._committed:
-                return refusal  # this is the second run of a commit whose answer was lost
+            # The question cannot tell: whoever waited for it may have taken it back since.
+            if any(is_committed(conn, run) for run in runs):
+                return refusal  # the answer to that commit was lost
+            runs.append(transaction_id(conn))
             if refusal is None:
                 book_answer(conn, context, space, contents=contents, tokens=tokens)
             else:

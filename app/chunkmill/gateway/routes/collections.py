@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from collections.abc import AsyncGenerator
@@ -45,7 +46,9 @@ MOST_IDS = 10_000
 IDS_STEP = 20
 """How many chunks are read by their ids at a time. Each may have 16 MiB of text."""
 PAGE_BYTES = 16 << 20
-"""A page of chunks ends once it has so many bytes of text."""
+"""A page of chunks ends once its texts, metadata and vectors have about so many characters."""
+NUMBER_CHARACTERS = 12
+"""About how many characters a number of a vector has in JSON."""
 VECTORS_STEP = 200
 """How many vectors are written at a time: of 384 numbers, that is 2 ms."""
 
@@ -283,7 +286,7 @@ async def chunks(gateway: Gateway, request: Request, caller: Caller) -> Response
     async with aclosing(reading):
         async for chunk in reading:
             page.append(chunk)
-            size += len(chunk.text or "")
+            size += _size(chunk)
             if len(page) == limit or size >= PAGE_BYTES:
                 more = chunk.id
                 break
@@ -299,15 +302,21 @@ async def _by_ids(
         some = ids[first : first + IDS_STEP]
         got = await gateway.client.get(named.name, some, with_text=with_text, with_vector=with_vector)
         stored += got.values()
-        size += sum(len(chunk.text or "") for chunk in got.values())
+        size += sum(map(_size, got.values()))
         if size > PAGE_BYTES and first + IDS_STEP < len(ids):
             raise Refusal(
                 413,
                 "answer_too_large",
-                "these chunks have too much text; ask for fewer, or with_text=false.",
+                "these chunks have too much text, metadata or vectors; ask for fewer, or with_text=false.",
                 param="id",
             )
     return await large_answer({"chunks": stored, "next": None}, len(stored))
+
+
+def _size(chunk: StoredChunk) -> int:
+    """About how many characters a chunk has in an answer."""
+    numbers = 0 if chunk.vector is None else len(chunk.vector)
+    return len(chunk.text or "") + len(json.dumps(chunk.metadata)) + NUMBER_CHARACTERS * numbers
 
 
 async def count(gateway: Gateway, request: Request, caller: Caller) -> Response:

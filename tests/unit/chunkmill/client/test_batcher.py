@@ -83,6 +83,8 @@ def test_a_batch_goes_when_it_has_so_many_bytes(make: Callable[..., Batcher], st
     add("a", "12345")
     add("b", "12345")
     until(lambda: store.jobs == [["a", "b"]])
+    add({"id": "c", "text": "1", "metadata": {"long": "metadata"}})
+    until(lambda: store.jobs == [["a", "b"], ["c"]])
 
 
 def test_a_batch_goes_when_its_first_chunk_has_waited_long_enough(make: Callable[..., Batcher], store: Store) -> None:
