@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
+from chunkmill.db import requirements
 from chunkmill.db.connect import alembic_config, create_db, known_revisions, migrate, migration_level, require_migrated
 from chunkmill.embedded import StackStatus
 from chunkmill.errors import StoreUnavailable
@@ -70,6 +71,24 @@ def whole_job(url: str, settings: Settings, engines: Engines) -> None:
         assert client.search(vector, collection="docs", k=1)[0].chunk_id == "c1"
         assert client.delete("docs", ["c1"]) == 1
     db.dispose()
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "words"),
+    [
+        ("OLDEST_POSTGRES", (99,), "Chunkmill needs 15 or later"),
+        ("OLDEST_PGVECTOR", (9, 9), "Chunkmill needs 0.8 or later"),
+    ],
+)
+def test_a_server_that_will_not_do_is_refused_before_anything_is_made(
+    database: str, monkeypatch: pytest.MonkeyPatch, name: str, least: tuple[int, ...], words: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(requirements, name, least)
+        with pytest.raises(StoreUnavailable, match=words):
+            migrate(database)
+    assert sql(database, "SELECT nspname FROM pg_namespace WHERE nspname = 'chunkmill'") == []
+    migrate(database)
 
 
 @pytest.mark.parametrize("theirs", [HEAD, "0003", "3f2a9c1d7b60"])

@@ -57,7 +57,7 @@ def is_committed(conn: sa.Connection, number: str) -> bool:
         if time.monotonic() >= deadline:
             break
         time.sleep(0.05)
-    return status == "committed"
+    return bool(status == "committed")
 
 
 def _is_one_of(codes: tuple[str, ...], error: BaseException) -> bool:
