@@ -26,6 +26,7 @@ from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.process.lease import LeaseKeeper
+from chunkmill_workers.provider import flow
 from tests.integration.hands import Hands
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
@@ -46,6 +47,12 @@ def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureReque
     """The paid corridor in front of ``server``."""
     with scene(settings, server, request) as made:
         yield made
+
+
+@pytest.fixture
+def long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause of a paid lane ends only if the test says so, and not while a slow machine is still looking at it."""
+    monkeypatch.setattr(flow, "LEAST_PAUSE_S", 3600.0)
 
 
 @pytest.fixture(scope="session")

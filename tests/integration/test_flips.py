@@ -343,6 +343,30 @@ def test_who_rolls_back_looks_only_at_what_was_written_since_a_poller_looked(
     assert way.searchable() >= before >= {late[0], *(chunk for chunk, _ in CHUNKS)}
 
 
+def test_a_look_is_written_again_only_if_something_was_written_or_it_grows_old(
+    way: Way, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way.until_ramping()
+    going = Direction.of(way.life(), back=False)
+
+    def written() -> tuple[object, ...]:
+        flipping.look_and_keep(hands.db, going)
+        ((version, mark, age),) = hands.rows(
+            "SELECT xmin::text, mark, now() - looked_at < interval '10 minutes' FROM reembedding_looks"
+        )
+        assert age
+        return version, mark
+
+    first = written()
+    assert written() == first
+    client.enqueue([("late", "a late text")], collection="docs")
+    second = written()
+    assert second[0] != first[0]
+    assert second[1] != first[1]
+    hands.rows("UPDATE reembedding_looks SET looked_at = now() - interval '20 minutes' RETURNING 1")
+    assert written()[1] == second[1]
+
+
 def test_what_was_pending_when_a_poller_looked_is_looked_at_by_who_rolls_back(
     way: Way, client: Client, hands: Hands, looks: list[Direction]
 ) -> None:

@@ -513,7 +513,7 @@ def test_a_quota_smaller_than_a_batch_cuts_the_batch(stage: Scene, server: OpenA
     server.forget()
     server.control(enqueued_tokens=100)
     job = stage.enqueue(texts)
-    stage.run_until(lambda: end_pauses(stage) or stage.corridor.client.job(job.id).state.is_final)
+    stage.run_until(lambda: stage.end_pauses() or stage.corridor.client.job(job.id).state.is_final)
 
     [job] = stage.finish(job)
     stage.check_done(job, texts)
@@ -530,7 +530,7 @@ def test_a_quota_without_a_number_is_found_by_halves(stage: Scene, server: OpenA
         server.misbehave("fail_validation", code="token_limit_exceeded", message="No room.")
     texts = stage.texts(16)
     job = stage.enqueue(texts)
-    stage.run_until(lambda: end_pauses(stage) or stage.corridor.client.job(job.id).state.is_final)
+    stage.run_until(lambda: stage.end_pauses() or stage.corridor.client.job(job.id).state.is_final)
 
     [job] = stage.finish(job)
 
@@ -552,20 +552,15 @@ def test_a_quota_that_another_batch_of_ours_fills_pauses_the_lane_and_cuts_nothi
     second = stage.enqueue(others, collection="other")
     stage.run_until(lambda: stage.corridor.client.lanes()[0].paused_until)
     for _ in range(5):
-        end_pauses(stage)
+        stage.end_pauses()
         look_once_more(stage)
     assert [row["n_contents"] for row in stage.corridor.batches()] == [10, 10]
     assert "imit" in (stage.corridor.client.lanes()[0].pause_reason or "")
     server.control(in_progress_seconds=0.0)
-    stage.run_until(lambda: end_pauses(stage) or stage.corridor.client.job(second.id).state.is_final)
+    stage.run_until(lambda: stage.end_pauses() or stage.corridor.client.job(second.id).state.is_final)
     first, second = stage.finish(first, second)
     assert (first.state, second.state) == ("completed", "completed")
     assert stage.bill(texts | others) == dict.fromkeys(texts | others, 1)
-
-
-def end_pauses(stage: Scene) -> None:
-    with stage.corridor.db.begin() as conn:
-        conn.execute(sa.text("UPDATE provider_lanes SET paused_until = now()"))
 
 
 def test_a_lowered_limit_packs_again_what_is_gathered_and_not_sent(stage: Scene, server: OpenAIServer) -> None:

@@ -158,6 +158,24 @@ def test_a_poller_looks_at_what_a_rollback_has_to_prove(
     assert client.audit("docs").complete
 
 
+def test_a_look_that_fails_holds_no_step_up(
+    scene: Scene, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flip then reads the whole collection itself."""
+
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise ValueError("it cannot be kept")
+
+    monkeypatch.setattr(flipping, "_keep", fails)
+    begun = scene.begin(ramp=(50,), step_hours=0)
+    scene.goes_to(S.RAMPING)
+    scene.round()
+    assert scene.share() == 50
+    said = [record.getMessage() for record in caplog.records if "has to prove" in record.getMessage()]
+    assert len(said) == 1
+    assert f"re-embedding {begun.id}" in said[0]
+
+
 def test_it_stays_where_a_gate_is_not_passed_until_somebody_changes_it(
     scene: Scene, client: Client, hands: Hands
 ) -> None:

@@ -30,6 +30,9 @@ def answer(store: Store, method: str, name: str, body: dict[str, Any]) -> dict[s
         case "POST", "calm":
             store.misbehaviours.calm()
             return {}
+        case "POST", "settle":
+            store.settle()
+            return {}
         case "POST", "forget":
             store.forget()
             return {}

@@ -119,6 +119,10 @@ class OpenAIServer:
         """No more misbehaviour; what has struck stays on record."""
         self._call("POST", "calm", {})
 
+    def settle(self) -> None:
+        """End the requests of clients that no longer wait. After this, none of them is counted or charged."""
+        self._call("POST", "settle", {})
+
     def vanish(self, file_id: str) -> None:
         """The file is gone, and no client asked for it."""
         self._call("POST", "vanish", {"file_id": file_id})

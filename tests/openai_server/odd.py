@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -34,11 +33,17 @@ def put(shown: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
     return shown | {name: put(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
 
 
-def send(handler: BaseHTTPRequestHandler, kind: str, wish: dict[str, Any], answer: Answer | None) -> None:
+def send(
+    handler: BaseHTTPRequestHandler,
+    rest: Callable[[float], None],
+    kind: str,
+    wish: dict[str, Any],
+    answer: Answer | None,
+) -> None:
     if kind == "redirect":
         _head(handler, wish["status"], {"location": wish["location"], "content-length": "0"})
     elif kind == "drip":
-        _drip(handler, wish, _bytes(answer))
+        _drip(handler, rest, wish, _bytes(answer))
     elif kind == "encoded":
         headers = {"content-encoding": wish["encoding"], "content-type": "application/json"}
         pieces = _bomb(wish["bytes"]) if wish["bytes"] else iter((gzip.compress(_bytes(answer)),))
@@ -66,7 +71,7 @@ def _bomb(size: int) -> Iterator[bytes]:
     yield packer.flush()
 
 
-def _drip(handler: BaseHTTPRequestHandler, wish: dict[str, Any], body: bytes) -> None:
+def _drip(handler: BaseHTTPRequestHandler, rest: Callable[[float], None], wish: dict[str, Any], body: bytes) -> None:
     """A byte at a time, from the first byte of the headers on if ``headers``."""
     head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     quick, slow = (b"", (head + "x: ").encode() + b"y" * 9_000) if wish["headers"] else ((head + "\r\n").encode(), body)
@@ -74,7 +79,7 @@ def _drip(handler: BaseHTTPRequestHandler, wish: dict[str, Any], body: bytes) ->
     for byte in slow:
         handler.wfile.write(bytes((byte,)))
         handler.wfile.flush()
-        time.sleep(wish["seconds"])
+        rest(wish["seconds"])
     handler.close_connection = True
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,17 +12,13 @@ from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.openai_server import control, odd, routes
-from tests.openai_server.errors import ApiError, bad, cannot_find_file, no_such_file, rate_limited
+from tests.openai_server.errors import ApiError, Cut, bad, cannot_find_file, no_such_file, rate_limited
 from tests.openai_server.exchange import Answer, Request
 from tests.openai_server.kinds import ODD
 from tests.openai_server.misbehaviours import Facts
 from tests.openai_server.store import Store
 
 BLOCK = 1 << 16
-
-
-class Cut(Exception):
-    """The connection ends here, without an answer or in the middle of one."""
 
 
 class Server(ThreadingHTTPServer):
@@ -69,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
                 return
             query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
             headers = {name.lower(): value for name, value in self.headers.items()}
-            self.exchange(route, Request(route.name, object_id, query, headers, body, number))
+            with store.under_way():
+                self.exchange(route, Request(route.name, object_id, query, headers, body, number))
 
     do_GET = do_POST = do_DELETE = answer  # noqa: N815 - http.server's names
 
@@ -77,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         """One request of a client: trouble before it is carried out, trouble after it, or the true answer."""
         store = self.server.store
         delays = store.config.delays
-        time.sleep(delays.get(request.endpoint, delays.get("*", 0.0)))
+        store.rest(delays.get(request.endpoint, delays.get("*", 0.0)))
         facts = {"id": request.id, **self.told(request), "endpoint": request.endpoint}
         try:
             self.authorize(request)
@@ -89,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.own(request, answer)
             if kind in ODD:
                 store.count(request.endpoint, kind)
-                odd.send(self, kind, wish, answer if wish["applied"] else None)
+                odd.send(self, store.rest, kind, wish, answer if wish["applied"] else None)
                 return
             if kind is not None:
                 answer = self.spoilt(kind, wish)
@@ -150,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         """ApiError where the organisation's limits are said to be reached; or a wait before all goes on."""
         strike = self.server.store.misbehaviours.strike
         if (wish := strike("slow", facts)) is not None:
-            time.sleep(wish["seconds"])
+            self.server.store.rest(wish["seconds"])
         if (wish := strike("rate_limited", facts)) is not None:
             error = rate_limited("Rate limit reached. Please slow down.", wish["code"])
             wished = {"retry-after": wish["retry_after"], "retry-after-ms": wish["retry_after_ms"]}
@@ -170,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def spoilt(self, kind: str, wish: dict[str, Any]) -> Answer:
         if kind == "hang":
-            time.sleep(wish["seconds"])
+            self.server.store.rest(wish["seconds"])
         if kind != "http_error":
             raise Cut
         headers = {} if wish["retry_after"] is None else {"retry-after": str(wish["retry_after"])}

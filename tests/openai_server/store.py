@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.openai_server.bill import Bill
 from tests.openai_server.config import Config
-from tests.openai_server.errors import no_such_file
+from tests.openai_server.errors import Cut, no_such_file
 from tests.openai_server.misbehaviours import Misbehaviours
 from tests.openai_server.validation import Plan
+from tests.support.waiting import PATIENCE
 
 EXPIRES_AFTER_SECONDS = 30 * 86_400
 
@@ -107,6 +110,8 @@ class Store:
         """Files and batches to the key that made them."""
         self._numbers = 0
         self._batches_counted = 0
+        self._under_way = 0
+        self._scene = 0
 
     def new_id(self, prefix: str) -> str:
         with self.changed:
@@ -189,6 +194,34 @@ class Store:
         with self.changed:
             self.enqueued_tokens[plan.model] -= plan.total_tokens
             self.enqueued_requests[plan.model] -= plan.lines
+
+    # Requests under way
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        with self.changed:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._under_way -= 1
+                self.changed.notify_all()
+
+    def rest(self, seconds: float) -> None:
+        """Let a request wait. Cut if the server is settled meanwhile, because its client has gone with its test."""
+        with self.changed:
+            scene = self._scene
+            if self.changed.wait_for(lambda: self._scene != scene, timeout=seconds):
+                raise Cut
+
+    def settle(self) -> None:
+        """Cut what still waits, and return when no request is under way: it would be counted for the next test."""
+        with self.changed:
+            self._scene += 1
+            self.changed.notify_all()
+            if not self.changed.wait_for(lambda: not self._under_way, timeout=PATIENCE / 2):
+                raise ValueError("requests of an earlier test do not end")
 
     # Its books
 

@@ -58,6 +58,10 @@ class Scene:
             for table in ("provider_batches", "chunk_batches"):
                 conn.execute(sa.text(f"UPDATE {table} SET not_before = now() WHERE not_before > now()"))
 
+    def end_pauses(self) -> None:
+        with self.corridor.db.begin() as conn:
+            conn.execute(sa.text("UPDATE provider_lanes SET paused_until = now() - interval '1 s'"))
+
     def finish(self, *jobs: Job, hurry: bool = True) -> list[Job]:
         def ended() -> bool:
             open_left = self.corridor.rows("SELECT FROM provider_batches WHERE state <> 'closed' LIMIT 1")
@@ -140,6 +144,7 @@ _CHARGED = "SELECT state, attempt - (max_attempts - :most) AS charged FROM chunk
 def scene(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest, **changes: Any) -> Iterator[Scene]:
     """Yield a scene on a server that is as new, except for its books. A request has four inputs at most."""
     server.calm()
+    server.settle()
     server.control(**Config().as_json())
     patch = pytest.MonkeyPatch()
     patch.setattr(paid, "SELDOM_SECONDS", 0.0)

@@ -235,7 +235,11 @@ class Reembedder:
         if began < self._flip_look_at.get((life.id, life.state), 0.0):
             return
         way = Direction.of(life, back=life.state is _S.FLIPPED)
-        flipping.look_and_keep(self._db, way, patience=FLIP_LOOK_PATIENCE_S)
+        # A step of its own, because without it everything goes on, and a flip only takes longer.
+        self._steps.run(
+            f"the look at what a flip of re-embedding {life.id} has to prove",
+            lambda: flipping.look_and_keep(self._db, way, patience=FLIP_LOOK_PATIENCE_S),
+        )
         ended = time.monotonic()
         self._flip_look_at[life.id, life.state] = ended + max(FLIP_LOOK_SECONDS, 20 * (ended - began))
 

@@ -89,6 +89,25 @@ def test_slow_answers(asking: Asking) -> None:
     asking.client.files.retrieve(asking.upload(b"{}"))  # others are as quick as ever
 
 
+def test_requests_of_a_test_that_is_over_are_not_counted_later(asking: Asking) -> None:
+    """``state`` waits for nothing, so the request is counted before ``settle`` returns or never."""
+
+    def cuts() -> int:
+        counted = asking.server.state()["requests"]
+        return sum(counted.get(endpoint, {}).get("cut", 0) for endpoint in ("files.list", "batches.list"))
+
+    asking.server.settle()
+    before = cuts()
+    hurried = asking.client.with_options(timeout=0.1)
+    asking.server.misbehave("slow", seconds=3600.0)
+    asking.server.misbehave("hang", where={"endpoint": "batches.list"}, seconds=3600.0)
+    for listing in (hurried.files.list, hurried.batches.list):
+        with pytest.raises(openai.APITimeoutError):
+            listing()
+    asking.server.settle()
+    assert cuts() - before == 2
+
+
 def test_create_is_refused_for_what_is_enqueued(asking: Asking) -> None:
     asking.server.misbehave("enqueued_on_create", status=400)
     with pytest.raises(openai.BadRequestError) as error:

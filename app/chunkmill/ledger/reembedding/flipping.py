@@ -180,6 +180,7 @@ def look_again(db: sa.Engine, way: Direction, seen: Look, *, patience: float = W
     """The same of what was written since, and of what was open."""
     _, mark = _mark(db, patience)
     with db.begin() as conn:
+        conn.execute(sa.text("SET LOCAL statement_timeout = 0"))  # it may be half an hour's work of all producers
         rows = conn.execute(sa.text(_candidates(way, _STILL_LACKING)), _parameters(way, seen)).all()
     return _look_of(way, rows, seen.reopenings, mark)
 
@@ -242,14 +243,19 @@ def _kept(db: sa.Engine, way: Direction) -> Look | None:
 
 
 def _keep(db: sa.Engine, way: Direction, seen: Look) -> None:
+    # The list may have 6 MB. If nothing was written since, the older one still has all that is lacking, and it is
+    # written again only before it is too old.
     statement = """
-        INSERT INTO reembedding_looks (reembedding_id, space_id, mark, lacking, reopenings)
+        INSERT INTO reembedding_looks AS l (reembedding_id, space_id, mark, lacking, reopenings)
         VALUES (:id, :active, :mark, CAST(:lacking AS bytea[]), :reopenings)
         ON CONFLICT (reembedding_id) DO UPDATE SET
             space_id = excluded.space_id, mark = excluded.mark, lacking = excluded.lacking,
             reopenings = excluded.reopenings, looked_at = excluded.looked_at
+        WHERE l.space_id <> excluded.space_id OR l.mark <> excluded.mark OR l.reopenings <> excluded.reopenings
+           OR l.looked_at < now() - make_interval(secs => :seconds)
     """
     parameters = {
+        "seconds": REUSE_SECONDS / 2,
         "id": way.life.id,
         "active": way.active.id,
         "mark": seen.mark,
