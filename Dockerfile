@@ -20,13 +20,13 @@ ENV PATH=/opt/venv/bin:$PATH \
 # resolved or built.
 FROM base AS stub
 WORKDIR /src
-RUN mkdir -p app/chunkmill && python -m venv /opt/venv
+RUN mkdir -p app/chunkmill/system && python -m venv /opt/venv
 COPY requirements.lock ./
-COPY app/chunkmill/locked.py app/chunkmill/
+COPY app/chunkmill/system/locked.py app/chunkmill/system/
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python app/chunkmill/locked.py documents,embedded,flower,gateway,metrics,openai,tracing > requirements.txt && \
+    python app/chunkmill/system/locked.py documents,embedded,flower,gateway,metrics,openai,tracing > requirements.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt
 
 FROM stub AS worker-deps
@@ -35,8 +35,8 @@ FROM stub AS worker-deps
 ARG PIP_EXTRA_INDEX_URL=
 ARG TORCH_SHA256=
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python app/chunkmill/locked.py worker,tracing > requirements.txt && \
-    python app/chunkmill/locked.py --torch "$([ -z "${TORCH_SHA256:-}" ] && echo cuda || echo cpu)" worker > torch.txt && \
+    python app/chunkmill/system/locked.py worker,tracing > requirements.txt && \
+    python app/chunkmill/system/locked.py --torch "$([ -z "${TORCH_SHA256:-}" ] && echo cuda || echo cpu)" worker > torch.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r torch.txt
 
@@ -48,7 +48,7 @@ COPY app app
 COPY workers workers
 COPY alembic alembic
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python app/chunkmill/locked.py build > build.txt && \
+    python app/chunkmill/system/locked.py build > build.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r build.txt && \
     pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
 

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 # $(call install,EXTRAS,TORCH): exactly what requirements.lock lists for these extras, by digest, then the checkout itself.
 # Nothing is resolved or built on the way, so nothing else can come in. TORCH is cpu or cuda. A build of torch for the CPU
 # is taken where pip finds one, such as in a folder of PIP_FIND_LINKS, and else the one of the index.
-LOCKED := $(BIN)/python app/chunkmill/locked.py
+LOCKED := $(BIN)/python app/chunkmill/system/locked.py
 BY_DIGEST := $(PIP) --require-hashes --no-deps --only-binary :all: -r
 define install
 	@$(LOCKED) build,$(1) > $(VENV)/requirements.txt
@@ -140,7 +140,7 @@ busy: $(VENV)/.dev
 
 # `make test` sends 200 of them to the door.
 fuzz: $(VENV)/.dev
-	@FUZZ=10000 $(BIN)/python -m pytest -q tests/unit/chunkmill/test_door.py \
+	@FUZZ=10000 $(BIN)/python -m pytest -q tests/unit/chunkmill/messages/test_door.py \
 		tests/acceptance/test_hostile_redis.py::test_ten_thousand_random_messages_change_nothing
 	@$(BIN)/python -m pytest -q -m slow tests/engine/test_fuzzed_folders.py
 
@@ -227,24 +227,24 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/.demo: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
+$(VENV)/.demo: pyproject.toml requirements.lock app/chunkmill/system/locked.py | $(VENV)/bin/python
 	@echo "== installing from requirements.lock (about 350 MB; a minute or two)"
 	$(call install,worker$(comma)embedded$(comma)flower$(comma)parquet$(comma)documents,cpu)
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml requirements.lock app/chunkmill/system/locked.py | $(VENV)/bin/python
 	@echo "== installing from requirements.lock (about 400 MB; a minute or two)"
 	$(call install,dev,cpu)
 	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 
-$(VENV)/.bench: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/.dev
+$(VENV)/.bench: pyproject.toml requirements.lock app/chunkmill/system/locked.py | $(VENV)/.dev
 	@echo "== installing the peers of the benchmark from requirements.lock (about 150 MB)"
 	$(call install,dev$(comma)bench,cpu)
 	@touch $@
 
-$(VENV)/.gpu: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
+$(VENV)/.gpu: pyproject.toml requirements.lock app/chunkmill/system/locked.py | $(VENV)/bin/python
 	@echo "== installing from requirements.lock (about 3 GB with CUDA; two minutes or so)"
 	$(call install,gpu,cuda)
 	@touch $@

@@ -138,7 +138,7 @@ check_digest() {
 # install_locked EXTRAS: what the wheel's requirements.lock lists for them, each file by its digest and nothing else. On
 # a machine without a GPU a build of torch for the CPU is taken, if pip finds one whose digest is known.
 install_locked() {
-    local lock=("$release/bin/python" "$scratch/wheel/chunkmill/locked.py") build
+    local lock=("$release/bin/python" "$scratch/wheel/chunkmill/system/locked.py") build
     local by_digest=("${pip[@]}" install --quiet --require-hashes --no-deps --only-binary :all: --requirement)
     "${lock[@]}" "$1" > "$scratch/requirements.txt"
     "${by_digest[@]}" "$scratch/requirements.txt"

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from chunkmill import door
-from chunkmill.door import Refusal
 from chunkmill.errors import DeviceFailed
+from chunkmill.messages import door
+from chunkmill.messages.door import Refusal
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
 from chunkmill_workers.engine.run import Runner

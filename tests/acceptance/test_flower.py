@@ -30,8 +30,8 @@ import redis
 from chunkmill import Chunk, Client
 from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, Broker
 from chunkmill.db.connect import create_db
-from chunkmill.door import LARGEST_REPLY
 from chunkmill.embedded import StackStatus
+from chunkmill.messages.door import LARGEST_REPLY
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
 from tests.conftest import fresh_settings

@@ -16,7 +16,7 @@ from chunkmill.broker import PRIORITY_STEPS, Broker, Doorbell, keys_of
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.states import JobState
-from chunkmill.door import LARGEST_REPLY
+from chunkmill.messages.door import LARGEST_REPLY
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
 from tests.acceptance.odd_worker import ODD_BELL

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import redis
 
-from chunkmill import door
 from chunkmill.broker import LOCAL_BELLS, SYNC_BELLS, Bells, Broker, Doorbell, StepBell, keys_of
-from chunkmill.door import LARGEST_DOORBELL, Refusal
+from chunkmill.messages import door
+from chunkmill.messages.door import LARGEST_DOORBELL, Refusal
 from tests.support.waiting import PATIENCE
 
 LONGEST = {

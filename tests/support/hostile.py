@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from chunkmill.door import REPLIES
+from chunkmill.messages.door import REPLIES
 
 MARK = "ZZHOSTILEZZ"
 """In every message whose shape leaves room for it. No log may show it."""

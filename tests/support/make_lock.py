@@ -22,7 +22,7 @@ CPU = {"2.13.0": ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b2646
 FOR_TORCH = re.compile(r"torch$|nvidia-|cuda-|triton$")
 """torch as the index has it, and what only that needs: on Linux it is a build for CUDA, elsewhere it needs no more."""
 HEAD = """# Written by `make lock`. Each package with the digests of all its files, below the extras that need it: see
-# app/chunkmill/locked.py. Change constraints.txt and run it again.
+# app/chunkmill/system/locked.py. Change constraints.txt and run it again.
 
 """
 

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from chunkmill.locked import TORCH, read_lock
+from chunkmill.system.locked import TORCH, read_lock
 
 ROOT = Path(__file__).parents[2]
 NOT_INSTALLED = {"dev", "bench", "gpu", "build", "testing"}

@@ -12,10 +12,10 @@ from click.core import ParameterSource
 
 from chunkmill.broker import QUEUE, make_celery
 from chunkmill.embedded.environment import Environment
-from chunkmill.python import collect_garbage_rarely
+from chunkmill.messages.transport import use_our_transport
+from chunkmill.system.python import collect_garbage_rarely
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import configure, log_in_handler, without_passwords
-from chunkmill.transport import use_our_transport
 from chunkmill_workers import tasks
 from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_name, require_usable
 

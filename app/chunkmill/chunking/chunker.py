@@ -17,8 +17,8 @@ from chunkmill.chunking.reading import UnreadableDocument, read, read_text
 from chunkmill.domain.arguments import as_number, as_word
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
-from chunkmill.files import open_regular
 from chunkmill.settings import Settings
+from chunkmill.system.files import open_regular
 
 LEAST_SIZE: Final = 16
 """The smallest size of a chunk. One character has at most a few tokens, so a chunk always holds some."""

@@ -13,7 +13,7 @@ import click
 from chunkmill.cli.output import Screen, json_option, prepare_streams
 from chunkmill.domain.shown import shown
 from chunkmill.errors import ChunkmillError
-from chunkmill.python import collect_garbage_rarely, keep_children_out_of_the_folder
+from chunkmill.system.python import collect_garbage_rarely, keep_children_out_of_the_folder
 from chunkmill.telemetry.logging import told
 
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(

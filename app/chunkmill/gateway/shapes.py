@@ -28,7 +28,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from chunkmill.gateway.endpoint import Schema
-from chunkmill.python import parsed
+from chunkmill.system.python import parsed
 
 MANY = 200
 """More results than these are written in a thread: each takes about 10 µs, and the loop shall not stand still."""

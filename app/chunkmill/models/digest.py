@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from chunkmill.files import open_regular, read_at_most
 from chunkmill.models.files import MOST_FILE_BYTES, unreadable
 from chunkmill.models.weights import read_header
+from chunkmill.system.files import open_regular, read_at_most
 
 # Files of a transformer's folder that the vectors depend on. They do not depend on README, onnx/, openvino/, training
 # records, and config_sentence_transformers.json (it has versions, and prompts, which are fields of the space).

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from chunkmill.errors import UnknownModel
-from chunkmill.files import read_at_most
+from chunkmill.system.files import read_at_most
 
 MOST_JSON_BYTES: Final = 16 * 1024 * 1024
 """The most bytes of a configuration. The largest known list of shards has two million, and a lone file of JSON takes

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from chunkmill.errors import UnknownModel, install_command
-from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
+from chunkmill.system.files import read_at_most
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from chunkmill.errors import UnknownModel
-from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_FILE_BYTES, broken, parse_json, unreadable, unsupported
 from chunkmill.models.weights import read_header
+from chunkmill.system.files import read_at_most
 
 WEIGHTS: Final = "model.safetensors"
 NAMES: Final = ("embedding.weight", "embeddings")

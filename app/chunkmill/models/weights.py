@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from chunkmill.errors import UnknownModel
-from chunkmill.files import open_regular
 from chunkmill.models.files import broken, parse_json, read_object, unreadable
+from chunkmill.system.files import open_regular
 
 # The safetensors format: header length (8 bytes, little endian), JSON header, data. The library allows headers of 100
 # million bytes, and needs minutes for their million tensors. Models have a few hundred, those of many experts 20,000.

@@ -21,10 +21,10 @@ from pydantic import TypeAdapter, ValidationError
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.embedded.paths import default_home
 from chunkmill.errors import ChunkmillError, EmbeddedStackError, InvalidSetting
-from chunkmill.files import read_at_most
 from chunkmill.machine import Machine, versions
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 from chunkmill.settings import Settings
+from chunkmill.system.files import read_at_most
 from chunkmill.tuning.choose import SHORT, Constraints, Setup, SetupMeasurement
 
 logger = logging.getLogger(__name__)

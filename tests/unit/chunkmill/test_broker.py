@@ -16,8 +16,8 @@ from redis._parsers.base import BaseParser
 
 from chunkmill.broker import PRIORITY_STEPS, Broker, _batch, make_celery
 from chunkmill.domain.states import Priority
+from chunkmill.messages.transport import RedisTransport
 from chunkmill.settings import Settings
-from chunkmill.transport import RedisTransport
 
 URL = "redis://127.0.0.1:1/0"
 """Nothing listens there, and nothing connects: what is tested is what would be sent."""
@@ -130,7 +130,7 @@ def test_workers_and_publishers_have_one_configuration() -> None:
     ("imports", "module"),
     [
         ("chunkmill.client, chunkmill.poller.poller, chunkmill_workers.tasks", "kombu.transport.redis"),
-        ("chunkmill_workers.celery", "chunkmill.transport"),
+        ("chunkmill_workers.celery", "chunkmill.messages.transport"),
     ],
     ids=["a host program", "a worker"],
 )

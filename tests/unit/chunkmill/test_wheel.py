@@ -36,7 +36,7 @@ def test_only_two_names_of_ours_stand_at_the_top_of_site_packages(names: list[st
 
 
 def test_the_wheel_has_the_types_the_migrations_and_the_versions_it_was_tested_with(names: list[str]) -> None:
-    assert {"chunkmill/constraints.txt", "chunkmill/requirements.lock", "chunkmill/locked.py"} <= set(names)
+    assert {"chunkmill/constraints.txt", "chunkmill/requirements.lock", "chunkmill/system/locked.py"} <= set(names)
     assert "chunkmill/models/default_tokenizer.json" in names
     assert {"chunkmill/py.typed", "chunkmill_workers/py.typed", "chunkmill/db/alembic/env.py"} <= set(names)
     versions = {path.name for path in (ROOT / "alembic/versions").glob("0*.py")}

@@ -488,7 +488,9 @@ def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> Non
         if line.startswith("COPY ") and "--from=" not in line
         for source in line.split()[1:-1]
     }
-    assert {line[1:] for line in lines if line.startswith("!")} == copied - {"app/chunkmill/locked.py"}  # app has it
+    assert {line[1:] for line in lines if line.startswith("!")} == copied - {
+        "app/chunkmill/system/locked.py"
+    }  # app has it
 
 
 # --- Redis --------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ printf '%s\\n' "${0##*/} $*" >> "$LOG"
 PYTHON_STUB = f"""{STUB}
 case "$1 $2" in
     "-m venv") mkdir -p "${{!#}}/bin"; cp "$0" "${{!#}}/bin/python" ;;
-    "-m zipfile") mkdir -p "${{!#}}/chunkmill"; echo "$LOCKED" > "${{!#}}/chunkmill/locked.py" ;;
+    "-m zipfile") mkdir -p "${{!#}}/chunkmill/system"; echo "$LOCKED" > "${{!#}}/chunkmill/system/locked.py" ;;
     "-m pip")
         [[ -z ${{PIP_FAILS-}} ]] || {{ echo 'No matching distribution found' >&2; exit 1; }}
         while [[ $1 != download && $1 != install ]]; do shift; done
@@ -340,13 +340,13 @@ def write_wheel(path: Path) -> Path:
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\n{name}")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nchunkmill = gc:enable\n")
-        wheel.writestr("chunkmill/locked.py", (ROOT / "app/chunkmill/locked.py").read_text())
+        wheel.writestr("chunkmill/system/locked.py", (ROOT / "app/chunkmill/system/locked.py").read_text())
         wheel.writestr("chunkmill/requirements.lock", "# for: producer worker\n# nothing\n")
         files = [f"{info}/{file}" for file in ("METADATA", "WHEEL", "entry_points.txt", "RECORD")]
-        files += ["chunkmill/locked.py", "chunkmill/requirements.lock"]
+        files += ["chunkmill/system/locked.py", "chunkmill/requirements.lock"]
         wheel.writestr(
             f"{info}/RECORD",
-            "".join(f"{file},,\n" for file in (*files, "chunkmill/locked.py", "chunkmill/requirements.lock")),
+            "".join(f"{file},,\n" for file in (*files, "chunkmill/system/locked.py", "chunkmill/requirements.lock")),
         )
     return path
 

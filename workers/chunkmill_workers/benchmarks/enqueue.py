@@ -20,10 +20,10 @@ from chunkmill.broker import Broker
 from chunkmill.db.connect import create_db
 from chunkmill.domain.chunks import content_hash
 from chunkmill.models import resolve_spec
-from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store.write import write_vectors
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.report import Say, document
 from chunkmill_workers.benchmarks.servers import Servers, temporary_stack

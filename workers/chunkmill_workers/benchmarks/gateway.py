@@ -30,7 +30,7 @@ from chunkmill import Chunk, Client
 from chunkmill.cli.start.children import Child
 from chunkmill.errors import InvalidInput
 from chunkmill.models import resolve_model
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks.peers import environments
 from chunkmill_workers.benchmarks.pipeline import process
 from chunkmill_workers.benchmarks.report import Say, document

@@ -26,7 +26,7 @@ from chunkmill import Chunk, Client
 from chunkmill.cli.start.children import Child
 from chunkmill.errors import DeviceUnavailable
 from chunkmill.models import DEFAULT_MODEL, resolve_model
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import contest
 from chunkmill_workers.benchmarks.contest import Ground
 from chunkmill_workers.benchmarks.engine import Limit

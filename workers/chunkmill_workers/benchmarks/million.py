@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.domain.states import JobState
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.pipeline import process
 from chunkmill_workers.benchmarks.report import Say, document

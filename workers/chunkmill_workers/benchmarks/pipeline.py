@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from chunkmill import Chunk, Client
 from chunkmill.cli.start.children import Child
 from chunkmill.models import DEFAULT_MODEL
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import contest
 from chunkmill_workers.benchmarks.contest import Contender, Field, Ground
 from chunkmill_workers.benchmarks.engine import gated

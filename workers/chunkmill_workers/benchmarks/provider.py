@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from chunkmill.cli.start.children import Child
 from chunkmill.domain.states import JobState, ProviderBatchState
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.pipeline import process
 from chunkmill_workers.benchmarks.report import Say, document

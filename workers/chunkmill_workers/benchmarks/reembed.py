@@ -38,12 +38,12 @@ from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.models import resolve_spec
-from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import keep_deletions_out
 from chunkmill.store.write import relax_durability
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.pipeline import process
 from chunkmill_workers.benchmarks.report import Say, document

@@ -9,8 +9,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
+from chunkmill.system.files import read_at_most
 
 logger = logging.getLogger(__name__)
 

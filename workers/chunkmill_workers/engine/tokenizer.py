@@ -17,10 +17,10 @@ import numpy as np
 from tokenizers import Tokenizer, normalizers, processors
 
 from chunkmill.errors import ChunkmillError, ModelLoadError, TokenizerMismatch
-from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_FILE_BYTES, read_json
 from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic, require_bounded
 from chunkmill.models.transformer import POSITIONS_FROM_PAD
+from chunkmill.system.files import read_at_most
 from chunkmill_workers.engine import long_texts
 from chunkmill_workers.engine.long_texts import LONG_TEXT
 from chunkmill_workers.engine.results import TextFailure

@@ -7,7 +7,7 @@ from typing import Any
 from celery.worker import consumer as celerys
 from celery.worker import control
 
-from chunkmill.door import READS, SIGNALS
+from chunkmill.messages.door import READS, SIGNALS
 
 
 class Consumer(celerys.Consumer):  # type: ignore[misc]

@@ -30,8 +30,8 @@ from chunkmill.ledger.dead.deaths import TakenBack, take_back_from
 from chunkmill.ledger.work.chunk_batches import release_all
 from chunkmill.ledger.work.usage import book_released
 from chunkmill.monitor import reports
-from chunkmill.python import module_command
 from chunkmill.settings import Settings
+from chunkmill.system.python import module_command
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers.host.gpu import visible_gpus
 from chunkmill_workers.process.lease import owner_name

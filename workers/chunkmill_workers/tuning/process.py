@@ -17,7 +17,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill.tuning.choose import Setup
 from chunkmill_workers.tuning.tuned import thread_variables
 

@@ -12,7 +12,7 @@ from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.domain.shown import shown
 from chunkmill.errors import ModelLoadError
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 
 _TAIL_LINES = 15
 

@@ -14,7 +14,7 @@ from chunkmill.cli.jobs.decoded import document_text
 from chunkmill.cli.jobs.folders import FolderFile, SkippedEntries
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
-from chunkmill.files import Folder
+from chunkmill.system.files import Folder
 
 DOCUMENT_SUFFIXES = frozenset(KINDS)
 

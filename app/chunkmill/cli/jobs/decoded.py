@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from chunkmill.errors import InvalidInput
-from chunkmill.files import open_regular
+from chunkmill.system.files import open_regular
 
 PIECE = 64 * 1024
 """How many bytes are decoded at a time."""

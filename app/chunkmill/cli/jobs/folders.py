@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from chunkmill.chunking.document import HTML_SUFFIXES, suffix_of
 from chunkmill.domain.chunks import MAX_ID_BYTES
-from chunkmill.files import Folder, Kind
+from chunkmill.system.files import Folder, Kind
 
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst"))
 NAMED = 5

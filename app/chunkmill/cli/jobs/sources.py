@@ -28,7 +28,7 @@ from chunkmill.domain.json_values import NotJson, json_value
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.stored import EXPORTED
 from chunkmill.errors import InvalidChunk, InvalidInput, install_command
-from chunkmill.files import NOT_REGULAR, open_regular
+from chunkmill.system.files import NOT_REGULAR, open_regular
 
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 """Large enough for the longest text written with JSON's escapes, and small enough to stop a file without line ends."""

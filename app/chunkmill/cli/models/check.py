@@ -17,7 +17,7 @@ from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.models.files import read_json
 from chunkmill.models.known import NATIVE_ARCHITECTURES, KnownModel, find_known, known_models
 from chunkmill.models.weights import weight_files
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 
 
 @click.command()

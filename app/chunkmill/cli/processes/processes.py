@@ -34,7 +34,7 @@ from chunkmill.cli.late import (
 )
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.errors import InvalidInput, install_command
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill.telemetry.logging import configure
 from chunkmill.telemetry.metrics import Role
 

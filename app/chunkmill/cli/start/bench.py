@@ -9,7 +9,7 @@ import click
 
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 
 SCOPES = ("engine", "pipeline")
 

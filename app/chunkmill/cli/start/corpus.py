@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chunkmill.domain.chunks import Chunk
-from chunkmill.python import parsed
+from chunkmill.system.python import parsed
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 

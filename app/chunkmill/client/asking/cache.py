@@ -28,7 +28,7 @@ from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.retention import QueryCache
 from chunkmill.errors import InvalidInput
-from chunkmill.files import open_regular
+from chunkmill.system.files import open_regular
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 

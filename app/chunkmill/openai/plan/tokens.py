@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import InvalidSetting, install_command
-from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_FILE_BYTES
 from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic
+from chunkmill.system.files import read_at_most
 
 if TYPE_CHECKING:
     import tiktoken

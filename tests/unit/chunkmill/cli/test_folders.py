@@ -16,7 +16,7 @@ from chunkmill.cli.jobs.folders import SkippedEntries, documents
 from chunkmill.cli.jobs.sources import Fields, Reader
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidChunk, InvalidInput
-from chunkmill.files import Folder, open_regular, read_at_most
+from chunkmill.system.files import Folder, open_regular, read_at_most
 
 
 @pytest.fixture

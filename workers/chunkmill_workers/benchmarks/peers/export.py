@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chunkmill.python import module_command
+from chunkmill.system.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.peers.batching import Batches, padded
 from chunkmill_workers.benchmarks.peers.environments import variables

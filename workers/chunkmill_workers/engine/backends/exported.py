@@ -14,9 +14,9 @@ import platformdirs
 from numpy.typing import NDArray
 
 from chunkmill.errors import ModelLoadError, install_command
-from chunkmill.files import read_at_most
 from chunkmill.models import ModelFolder
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
+from chunkmill.system.files import read_at_most
 from chunkmill_workers.engine.windows import Ids
 
 Target = Literal["onnx", "openvino"]

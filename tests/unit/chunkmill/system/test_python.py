@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from chunkmill.cli import __main__ as command
-from chunkmill.python import keep_children_out_of_the_folder, module_command, parsed
+from chunkmill.system.python import keep_children_out_of_the_folder, module_command, parsed
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 STARTS = re.compile(r"""(?:sys\.executable|python\w*\([^)]*\)), "(?!-P")""")
 
 

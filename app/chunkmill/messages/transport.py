@@ -21,9 +21,9 @@ from kombu.transport import redis as redis_transport
 from redis._parsers import _RESP2Parser
 from redis.client import PubSub
 
-from chunkmill import door
 from chunkmill.broker import QUEUES, REFUSALS, delete_wrong_types, is_wrong_type, keys_of
-from chunkmill.door import REPLIES, Refusal
+from chunkmill.messages import door
+from chunkmill.messages.door import REPLIES, Refusal
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 

@@ -14,10 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from chunkmill.locked import choose, read_lock
+from chunkmill.system.locked import choose, read_lock
 from tests.support.parts import bill
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 LOCK = (ROOT / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -91,7 +91,7 @@ def test_torch_is_in_one_of_two_builds_and_its_libraries_come_with_the_build_for
 
 def test_it_runs_as_a_file_without_chunkmill_and_refuses_what_it_does_not_know() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, "-I", str(ROOT / "app/chunkmill/locked.py")]
+        script = [sys.executable, "-I", str(ROOT / "app/chunkmill/system/locked.py")]
         return subprocess.run([*script, *arguments], capture_output=True, text=True, cwd="/")
 
     assert versions(run("flower").stdout)["flower"]

@@ -4,8 +4,8 @@ It is run as a file, before anything is installed: it needs nothing but Python, 
 
 ::
 
-    python app/chunkmill/locked.py worker,embedded > requirements.txt           # everything but torch
-    python app/chunkmill/locked.py --torch cpu worker,embedded > torch.txt      # or cuda; empty if no extra needs torch
+    python app/chunkmill/system/locked.py worker,embedded > requirements.txt        # everything but torch
+    python app/chunkmill/system/locked.py --torch cpu worker,embedded > torch.txt   # or cuda; may be empty
     pip install --require-hashes --no-deps -r requirements.txt
     pip install --require-hashes --no-deps -r torch.txt
     pip install --no-deps --no-build-isolation .
@@ -26,7 +26,7 @@ from pathlib import Path
 
 TORCH = ("cpu", "cuda")
 """Stand behind the extras, with a colon, of what only one of the two builds of torch needs."""
-_PLACES = (Path(__file__).parent / "requirements.lock", Path(__file__).parents[2] / "requirements.lock")
+_PLACES = (Path(__file__).parents[1] / "requirements.lock", Path(__file__).parents[3] / "requirements.lock")
 _BLOCK = re.compile(r"^# for: (.*)\n((?:.+\n)+)", re.MULTILINE)
 _USAGE = "usage: python locked.py [--torch cpu | --torch cuda] EXTRA,EXTRA, beside requirements.lock\n"
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from chunkmill import door
 from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, NEXT_NAMES, REQUEST_TASK
-from chunkmill.door import READS, SIGNALS, Refusal
+from chunkmill.messages import door
+from chunkmill.messages.door import READS, SIGNALS, Refusal
 from tests.support.hostile import (
     bell,
     command,
