@@ -22,6 +22,7 @@ from chunkmill.spaces import registry
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.local import pipeline
 from chunkmill_workers.local.attempt import LocalAttempt
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
@@ -179,11 +180,60 @@ def test_a_text_that_went_while_it_was_embedded_leaves_no_vector(
             assert amounts["contents"].rows == 1
         complete(self)
 
+    monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 1e9)
     with monkeypatch.context() as patch:
         patch.setattr(LocalAttempt, "complete", too_late)
         assert run_chunk_batch(runner.context, 1) is TaskResult.COMPLETED
     assert select(db, "SELECT count(*) FROM vectors_1") == [1]
     assert select(db, "SELECT contents FROM usage WHERE chunk_batch_id = 1") == [1]
+
+
+@pytest.mark.parametrize("way", ["prune", "evict"])
+def test_a_text_that_goes_with_its_vector_before_the_end_is_not_taken_for_a_crash(
+    way: str, client: Client, runner: Runner, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow ChunkBatch has written the vectors of its first texts before its last are embedded."""
+    for name in ("docs", "other"):
+        client.enqueue([("a", f"soon gone from {name}"), ("b", f"stays in {name}")], collection=name)
+    complete = LocalAttempt.complete
+
+    def late(self: LocalAttempt) -> None:
+        assert select(db, "SELECT count(*) FROM vectors_1") == [2]
+        client.enqueue([("a", "in its place")], collection="docs")
+        amounts = (client.prune(0) if way == "prune" else client.evict(older_than=0)).amounts
+        assert amounts["contents"].rows == 1
+        complete(self)
+
+    monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalAttempt, "complete", late)
+        assert run_chunk_batch(runner.context, 1) is TaskResult.COMPLETED
+    assert select(db, "SELECT count(*) FROM vectors_1") == [1]
+    for number in (2, 3, 2):
+        run_chunk_batch(runner.context, number)
+    assert all(client.audit(name).complete for name in ("docs", "other"))
+
+
+def test_a_vector_that_a_crash_took_is_missed_although_others_were_deleted(
+    client: Client, runner: Runner, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
+    complete = LocalAttempt.complete
+
+    def crashed(self: LocalAttempt) -> None:
+        client.enqueue([("a", "in its place")], collection="docs")
+        assert client.prune(0).amounts["contents"].rows == 1
+        with db.begin() as conn:
+            assert conn.execute(sa.text("DELETE FROM vectors_1")).rowcount == 1
+        complete(self)
+
+    monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalAttempt, "complete", crashed)
+        assert run_chunk_batch(runner.context, 1) is TaskResult.RELEASED
+    for number in (1, 2, 1):  # a doorbell may serve the ChunkBatch of the other job in its turn
+        run_chunk_batch(runner.context, number)
+    assert client.audit("docs").complete
 
 
 def hear_canary(context: WorkerContext, db: sa.Engine) -> None:

@@ -122,8 +122,7 @@ class LocalAttempt(Attempt[WorkerContext]):
         """
 
         def end(conn: sa.Connection, written: WriteResult) -> bool:
-            # A flush does not wait for the disk, so a crash may have taken back vectors that this process counts on.
-            if count_vectors(conn, self.space, self._written) < len(self._written):
+            if self._has_lost_vectors(conn):
                 raise VectorsLost
             return self._complete_if_held(conn, written.hashes)
 
@@ -160,6 +159,16 @@ class LocalAttempt(Attempt[WorkerContext]):
         self._written += written.hashes
         self._clear()
         return ours
+
+    def _has_lost_vectors(self, conn: sa.Connection) -> bool:
+        """A flush does not wait for the disk, so a crash may have taken back vectors that this process counts on.
+
+        Those of texts that were deleted meanwhile are not lost.
+        """
+        if count_vectors(conn, self.space, self._written) == len(self._written):
+            return False
+        wanted = still_wanted(conn, self._written, since=self.work.deletions)
+        return wanted is None or count_vectors(conn, self.space, list(wanted)) < len(wanted)
 
     def _write(self, conn: sa.Connection, rows: Rows | None) -> WriteResult:
         if rows is None:

@@ -123,7 +123,10 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
         logger.warning("%s", lost)
         return TaskResult.LEASE_LOST
     except VectorsLost:
-        logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
+        logger.warning(
+            "ChunkBatch %s: Postgres lost vectors that were written, as a crash may; they are embedded again",
+            lease.chunk_batch_id,
+        )
         attempt.release()
         return TaskResult.RELEASED
     except DeviceFailed as broken:
