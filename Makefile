@@ -101,7 +101,7 @@ floors:
 	    '.[flower,metrics,openai]' hypothesis pytest pytest-timeout
 	@.floors/bin/python -m pytest -q tests/unit/chunkmill/test_broker.py tests/unit/chunkmill/settings \
 	    tests/unit/chunkmill/telemetry/test_metrics.py tests/unit/chunkmill/openai/test_http.py \
-	    tests/unit/chunkmill/cli/test_flower.py
+	    tests/unit/chunkmill/cli/processes/test_flower.py
 
 docs: $(VENV)/.dev
 	@$(BIN)/python docs/make.py

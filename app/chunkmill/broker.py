@@ -270,7 +270,7 @@ def is_wrong_type(error: redis.ResponseError) -> bool:
 
 
 def delete_wrong_types(client: redis.Redis) -> None:
-    """Delete what stands in the place of a queue's list and is none. Nobody could take or send a doorbell there."""
+    """Delete a key that has a queue's name and is not a list. Nobody could take or send a doorbell there."""
     wrong = [key for queue in QUEUES for key in keys_of(queue) if client.type(key) not in (b"list", b"none")]
     if wrong:
         client.delete(*wrong)

@@ -1,39 +1,5 @@
 """Every error that Chunkmill raises on purpose.
 
-::
-
-    ChunkmillError
-    ├── InvalidInput          the caller's argument is wrong; nothing was written
-    │   ├── InvalidChunk        one chunk cannot be stored; it is named by its id and position
-    │   ├── UnknownModel        the model cannot be found or read
-    │   ├── UnknownRoute        the route does not exist
-    │   └── InvalidSetting      an environment variable or a setting is wrong
-    ├── NotFound              the job or collection does not exist
-    ├── JobFailed             the job ended with chunks that have no vector
-    ├── WaitTimeout           the time given to `wait` or `embed` is over
-    ├── SpaceMismatch         vectors of one space would have been mixed with another space
-    ├── NewerSpace            only a newer release can read the space
-    ├── BudgetExceeded        the month's budget for paid routes is used up
-    ├── LeaseLost             another worker holds the ChunkBatch now
-    ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
-    │   └── StoreLimit          a setting of Postgres, such as statement_timeout, ended the transaction
-    ├── GatewayUnavailable    the gateway cannot be reached, is overloaded, or sent an answer that cannot be read
-    ├── AccessDenied          the gateway does not know the API key, or the key does not allow the request
-    ├── ClientClosed          the client was closed before the call, or while it ran
-    ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
-    ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
-    │   └── DeviceTaken         every GPU has a worker; one of them may end soon
-    ├── ProviderError         a provider of embeddings did not do what it was asked to do
-    │   ├── ProviderBusy        a rate limit was reached; it passes by itself
-    │   ├── ProviderSilent      there was no answer or a broken one; the request may have succeeded
-    │   ├── ProviderRefused     the provider refused; the same request will never succeed
-    │   └── ProviderStopped     the provider accepts nothing until somebody pays, or fixes the key or a setting
-    └── EngineError           the model could not be loaded or run
-        ├── ModelLoadError      a file is missing, unreadable or of an unsupported kind
-        ├── DeviceFailed        the device no longer computes even a text that worked before
-        ├── TokenizerMismatch   the tokenizer was not made for this model
-        └── CanaryFailed        the golden vectors differ too much from the space's reference
-
 Each class has ``code`` (a stable word for logs, metrics and the ledger), ``retryable`` (whether the same call may
 succeed later), ``elsewhere`` (whether another worker may succeed) and ``http_status``. Each message says what is wrong,
 where, and what to do next. No message contains a chunk's text.
@@ -87,12 +53,15 @@ def elsewhere_codes() -> frozenset[str]:
 
 
 class InvalidInput(ChunkmillError):
+    """The caller's argument is wrong. Nothing was written."""
+
     code = "invalid_input"
     http_status = 400
 
 
 class InvalidChunk(InvalidInput):
-    """A chunk that cannot be stored. ``position`` counts from 0 in the iterable given to ``enqueue``."""
+    """A chunk that cannot be stored. ``chunk_id`` is its id as it is shown, ``position`` counts from 0 in the iterable
+    given to ``enqueue``, and ``reason`` is a stable word for the problem."""
 
     code = "invalid_chunk"
 
@@ -127,26 +96,35 @@ class TooManyRefused(InvalidInput):
 
 
 class UnknownModel(InvalidInput):
+    """The model cannot be found or read."""
+
     code = "unknown_model"
     elsewhere = True
 
 
 class UnknownRoute(InvalidInput):
+    """The route does not exist."""
+
     code = "unknown_route"
 
 
 class InvalidSetting(InvalidInput):
+    """An environment variable or a setting is wrong."""
+
     code = "invalid_setting"
     elsewhere = True
 
 
 class NotFound(ChunkmillError):
+    """The job, the collection, or what else was named does not exist."""
+
     code = "not_found"
     http_status = 404
 
 
 class JobFailed(ChunkmillError):
-    """``job_id`` is the job's id. ``client.job(job_id).dead_chunks`` has its first dead chunks and their reasons."""
+    """The job ended with chunks that have no vector. ``job_id`` is its id. ``client.job(job_id).dead_chunks`` has its
+    first dead chunks and their reasons."""
 
     code = "job_failed"
 
@@ -156,19 +134,23 @@ class JobFailed(ChunkmillError):
 
 
 class WaitTimeout(ChunkmillError):
+    """The time given to a call that waits is over."""
+
     code = "wait_timeout"
     retryable = True
     http_status = 504
 
 
 class SpaceMismatch(ChunkmillError):
+    """Vectors of one space would have been mixed with those of another one."""
+
     code = "space_mismatch"
     http_status = 409
     elsewhere = True
 
 
 class NewerSpace(ChunkmillError):
-    """A newer release registered the space with words that this release does not know."""
+    """A newer release registered the space with fields that this release does not know, so only that one reads it."""
 
     code = "newer_space"
     http_status = 409
@@ -176,17 +158,22 @@ class NewerSpace(ChunkmillError):
 
 
 class BudgetExceeded(ChunkmillError):
-    """The same call succeeds in the next month, or with a higher budget."""
+    """The month's budget for paid routes is used up. The same call succeeds in the next month, or with a higher
+    budget."""
 
     code = "budget_exceeded"
     http_status = 402
 
 
 class LeaseLost(ChunkmillError):
+    """Another worker holds the ChunkBatch now. No client raises it."""
+
     code = "lease_lost"
 
 
 class StoreUnavailable(ChunkmillError):
+    """Postgres cannot be reached, is not migrated, or has no pgvector."""
+
     code = "store_unavailable"
     retryable = True
     http_status = 503
@@ -199,7 +186,8 @@ class StoreLimit(StoreUnavailable):
 
 
 class GatewayUnavailable(ChunkmillError):
-    """Only the clients of ``chunkmill.remote`` raise it, when the time of the call is over."""
+    """The gateway cannot be reached, is overloaded, or sent an answer that cannot be read. Only the clients of
+    ``chunkmill.remote`` raise it, when the time of the call is over."""
 
     code = "gateway_unavailable"
     retryable = True
@@ -207,36 +195,44 @@ class GatewayUnavailable(ChunkmillError):
 
 
 class AccessDenied(ChunkmillError):
-    """The message of the gateway says what the key lacks."""
+    """The gateway does not know the API key, or the key does not allow the request. The message says which right is
+    missing."""
 
     code = "access_denied"
     http_status = 403
 
 
 class ClientClosed(ChunkmillError):
-    """What the call had committed when the client was closed stays."""
+    """The client was closed before the call, or while it ran. What the call had committed before stays."""
 
     code = "client_closed"
     http_status = 503
 
 
 class EmbeddedStackError(ChunkmillError):
+    """The embedded Postgres or Redis cannot run."""
+
     code = "embedded_stack"
 
 
 class DeviceUnavailable(ChunkmillError):
+    """The requested GPU does not exist, or no device can compute. No client raises it."""
+
     code = "device_unavailable"
     elsewhere = True
 
 
 class DeviceTaken(DeviceUnavailable):
+    """Each GPU has a worker already; one of them may end soon. No client raises it."""
+
     code = "device_taken"
     retryable = True
 
 
 class ProviderError(ChunkmillError):
-    """``words`` is the provider's own message, without keys. It may quote a text, so it is written into the ledger but
-    never into a log. ``brief`` is the message without it."""
+    """A provider of embeddings did not do what it was asked to do. ``words`` is the provider's own message, without
+    keys. It may quote a text, so it is written into the ledger but never into a log. ``brief`` is the message without
+    it."""
 
     code = "provider_error"
     http_status = 502
@@ -249,7 +245,8 @@ class ProviderError(ChunkmillError):
 
 
 class ProviderBusy(ProviderError):
-    """``retry_after_s`` is how many seconds the provider asked to wait; None if it did not say."""
+    """A rate limit was reached, which passes by itself. ``retry_after_s`` is how many seconds the provider asked to
+    wait; None if it did not say."""
 
     code = "provider_busy"
     retryable = True
@@ -260,9 +257,10 @@ class ProviderBusy(ProviderError):
 
 
 class ProviderSilent(ProviderError):
-    """``timed_out`` says that the answer took too long, so that a smaller request may get one. ``was_sent`` is false if
-    the request surely never reached the provider, so that it cannot have been charged. ``answered`` says that a
-    successful answer had begun, so that the request was charged although it is lost."""
+    """There was no answer or a broken one, so the request may have succeeded. ``timed_out`` says that the answer took
+    too long, so that a smaller request may get one. ``was_sent`` is false if the request surely never reached the
+    provider, so that it cannot have been charged. ``answered`` says that a successful answer had begun, so that the
+    request was charged although it is lost."""
 
     code = "provider_silent"
     retryable = True
@@ -283,7 +281,8 @@ class ProviderSilent(ProviderError):
 
 
 class ProviderRefused(ProviderError):
-    """``status`` is the HTTP status, and ``provider_code`` the provider's own code."""
+    """The provider refused, and will always refuse the same request. ``status`` is the HTTP status, and
+    ``provider_code`` the provider's own code."""
 
     code = "provider_refused"
 
@@ -294,7 +293,8 @@ class ProviderRefused(ProviderError):
 
 
 class ProviderStopped(ProviderError):
-    """``provider_code`` says what only a person can change, such as ``insufficient_quota`` or ``model_not_found``."""
+    """The provider accepts nothing until somebody pays, or fixes the key or a setting. ``provider_code`` says which,
+    such as ``insufficient_quota`` or ``model_not_found``."""
 
     code = "provider_stopped"
 
@@ -304,25 +304,35 @@ class ProviderStopped(ProviderError):
 
 
 class EngineError(ChunkmillError):
+    """The model could not be loaded or run."""
+
     code = "engine_error"
     retryable = True
 
 
 class ModelLoadError(EngineError):
+    """A file of the model is missing, cannot be read, or is of a kind that is not supported."""
+
     code = "model_load"
     elsewhere = True
 
 
 class DeviceFailed(EngineError):
+    """The device no longer computes even a text that worked before. No client raises it."""
+
     code = "device_failed"
 
 
 class TokenizerMismatch(EngineError):
+    """The tokenizer was not made for this model. No client raises it."""
+
     code = "tokenizer_mismatch"
     retryable = False
 
 
 class CanaryFailed(EngineError):
+    """The vectors of the golden texts differ too much from the space's reference. No client raises it."""
+
     code = "canary_failed"
     retryable = False
     elsewhere = True

@@ -252,7 +252,7 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
 
 
 def test_it_does_not_open_to_other_machines_without_a_password(scene: Scene) -> None:
-    """``tests/unit/chunkmill/cli/test_flower.py`` tests the other ways to name an address."""
+    """``tests/unit/chunkmill/cli/processes/test_flower.py`` tests the other ways to name an address."""
     refused = scene.processes.start("chunkmill.cli", "flower", "--no-auth", FLOWER_ADDRESS="::")
     assert refused.popen.wait(PATIENCE) == 1
     assert "on ::, which other machines may reach" in refused.output()

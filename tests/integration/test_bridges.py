@@ -225,7 +225,7 @@ def test_what_cannot_be_learnt_is_refused_and_nothing_is_stored(known: Client, f
         known.bridge("few", first_token)
     with pytest.raises(InvalidInput, match="sample is 31"):
         known.bridge("docs", first_token, sample=31)
-    with pytest.raises(InvalidInput, match="is learnt from 32 at least"):
+    with pytest.raises(InvalidInput, match="is learnt from at least 32"):
         known.bridge("short", first_token, timeout=PATIENCE)
     with pytest.raises(NotFound):
         known.bridge("nobody", first_token)

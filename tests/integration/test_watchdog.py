@@ -298,4 +298,4 @@ def test_a_check_that_fails_ends_neither_the_watchdog_nor_the_other_checks(
     clock.ahead += 2 * STALL
     assert "2 doorbells wait in Redis" in str(rung.look())
     rung.look()
-    assert caplog.text.count("the watchdog cannot look at this worker") == 1
+    assert caplog.text.count("the watchdog cannot check this worker") == 1

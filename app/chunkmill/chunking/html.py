@@ -48,7 +48,7 @@ def read_html(html: str) -> Document:
     Raises ValueError if its elements nest too deeply.
     """
     if _depth(html) > MOST_NESTED:
-        raise ValueError(f"its elements nest more than {MOST_NESTED:,} deep, as no page does that people read")
+        raise ValueError(f"its elements nest more than {MOST_NESTED:,} deep, which no real page does")
     page = library("selectolax.lexbor").LexborHTMLParser(html)
     joined = DocumentBuilder()
     if page.body is not None:

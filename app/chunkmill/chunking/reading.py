@@ -54,7 +54,7 @@ def unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, str]:
         with gzip.GzipFile(fileobj=file) as packed:
             content = content_of(cast("BinaryIO", packed))
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UnreadableDocument("it is no whole gzip file; write it again") from None
+        raise UnreadableDocument("the gzip file is damaged or incomplete; write it again") from None
     return io.BytesIO(content), name[:-3]
 
 

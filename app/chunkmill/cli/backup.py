@@ -41,7 +41,7 @@ def restore(screen: Screen, file: Path, replace: bool, yes: bool) -> None:
     installation, which is deleted. A schema with tables of other programs is refused. Stop workers, pollers, gateways
     and producers first. It is one transaction: if it does not reach its end, nothing has changed.
 
-    Work that was open goes on. A paid lane that had open work, or to which some may come, is stopped: what was sent to
+    Work that was open continues. A paid lane that had open work, or that may get some, is stopped: what was sent to
     the provider after the backup is not in it, and would be paid for again.
 
     Restore only a file that you trust: whoever made it chose the SQL that runs.

@@ -130,7 +130,7 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
     "--last",
     type=Quantity("time span", DAYS, "s", "90min, 24h or 7d"),
     metavar="SPAN",
-    help="How far --plot looks back.  [default: to the first work of the last 24h]",
+    help="How far --plot looks back.  [default: 24h, or less if the first work was later]",
 )
 @click.option(
     "--picture", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), callback=picture_file,
@@ -192,8 +192,8 @@ def status(
 @click.option("--revision", default="head", show_default=True, help="Name of the migration to upgrade to.")
 @click.option(
     "--sql", "as_sql", is_flag=True,
-    help="Write the SQL for psql instead, and connect to nothing. It is for an empty database; for another one, say "
-    "from where: --revision 0008:head.",
+    help="Do not connect to a database, but write the SQL for psql. It is for an empty database. For one that was "
+    "migrated before, name its revision too: --revision 0008:head.",
 )  # fmt: skip
 @json_option
 @click.pass_obj

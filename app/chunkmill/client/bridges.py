@@ -192,8 +192,8 @@ class Bridges(Vectors):
 def _require_pairs(collection: Collection, n: int) -> None:
     if n < fitting.MIN_PAIRS:
         raise InvalidInput(
-            f"collection {collection.name!r} has {n} texts with a vector that are no answer to a query, and a bridge "
-            f"is learnt from {fitting.MIN_PAIRS} at least. Enqueue more, or pass fewer queries."
+            f"collection {collection.name!r} has {n} texts with a vector that do not answer a query, and a bridge is "
+            f"learnt from at least {fitting.MIN_PAIRS}. Enqueue more, or pass fewer queries."
         )
 
 

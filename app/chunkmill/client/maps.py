@@ -122,7 +122,7 @@ def _by_umap(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     """``(n, 2)``. The same vectors give the same points on the same machine, which takes one thread."""
     if len(vectors) < LEAST_FOR_UMAP:
         raise InvalidInput(
-            f"method umap needs at least {LEAST_FOR_UMAP} texts with a vector, and there are {len(vectors)}. Take pca."
+            f"method umap needs at least {LEAST_FOR_UMAP} texts with a vector, and there are {len(vectors)}. Use pca."
         )
     import warnings
 

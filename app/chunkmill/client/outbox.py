@@ -168,7 +168,7 @@ def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[Pr
             raise InvalidInput(
                 f"an enqueue within a transaction takes at most {MOST_CHUNKS:,} chunks with {MOST_BYTES:,} bytes of "
                 "text and metadata, and this one has more. Nothing of it was written. Enqueue after your transaction, "
-                "or in several ones."
+                "or in several transactions."
             )
         page.append(item)
         page_bytes += size
@@ -255,7 +255,7 @@ def _items(db: sa.Engine, job_id: int) -> Iterator[object]:
 
 def _fail_if_undelivered(conn: sa.Connection, entry: OutboxEntry, error: str) -> bool:
     """End the job as failed, so that whoever waits for it hears why. Its key is free. False if another process has
-    taken it out of the outbox meanwhile: then the error is none of the job's."""
+    taken it out of the outbox meanwhile: then the error has nothing to do with the job."""
     if not outbox.delete(conn, entry.job_id):
         return False
     if jobs.of_id(conn, entry.job_id) is None:

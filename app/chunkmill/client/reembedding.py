@@ -289,8 +289,8 @@ class Reembeddings(ClientPart):
             life = _find(conn, which)
             if not lives.let_go(conn, life):
                 raise InvalidInput(
-                    f"re-embedding {life.id} of collection {life.collection!r} is {life.state}, and no space is kept "
-                    "that the collection left."
+                    f"re-embedding {life.id} of collection {life.collection!r} is {life.state}, and the collection "
+                    "keeps no previous space."
                 )
         return self.reembedding(life.id)
 

@@ -144,7 +144,7 @@ def connected_processes(conn: sa.Connection) -> dict[str, int]:
 
 
 def open_alone(db: sa.Engine | sa.Pool) -> psycopg.Connection[object]:
-    """A connection that is prepared like those of the pool, and is none of them. It commits each statement."""
+    """A connection beside the pool, prepared like those of the pool. It commits each statement."""
     # A pool of its own with the same way to connect, and no connection yet.
     fairy = (db.pool.recreate() if isinstance(db, sa.Engine) else db).connect()
     connection = fairy.driver_connection

@@ -162,7 +162,7 @@ class CollectionMap:
 
 
 def legend_of(values: Sequence[Value], *, has_field: bool = True) -> Legend:
-    """The colours of values, of which None means that there is none."""
+    """The colours of values. None stands for a missing value."""
     if not has_field:
         return Legend(np.zeros(len(values), np.int16), ("",), (COLOURS[1],), (len(values),))
     known = [value for value in values if value is not None]

@@ -314,7 +314,7 @@ def previous_share(ramp: Sequence[int], share: int) -> int:
 def step_of_ramp(
     plan: Plan, share: int, *, lasted: timedelta, old: ServedBy | None, new: ServedBy | None, is_held: bool = False
 ) -> RampStep:
-    """What the ramp does after a step of ``share`` percent has lasted so long, and was served so.
+    """What the ramp does after a step of ``share`` percent, by how long it has lasted and how it was served.
 
     It steps back as soon as the errors or the slowest twentieth of the searches cross their gate, and says so in a
     problem; such a ramp ``is_held`` until somebody resumes it. It goes on once the step has lasted long enough.

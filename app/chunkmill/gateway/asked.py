@@ -28,7 +28,10 @@ class Query:
             if name not in known:
                 wanted = ", ".join(sorted(known)) or "none"
                 raise Refusal(
-                    400, "unknown_parameter", f"there is no such query parameter; there are: {wanted}.", param=name[:60]
+                    400,
+                    "unknown_parameter",
+                    f"there is no such query parameter. Known ones: {wanted}.",
+                    param=name[:60],
                 )
 
     def text(self, name: str) -> str | None:
@@ -123,7 +126,7 @@ def require_known(body: Mapping[str, Any], known: Collection[str]) -> None:
             raise Refusal(
                 400,
                 "unknown_parameter",
-                f"there is no such field; there are: {', '.join(sorted(known))}.",
+                f"there is no such field. Known ones: {', '.join(sorted(known))}.",
                 param=name[:60],
             )
 

@@ -40,7 +40,7 @@ SMALL_BODY: Final = 32 * 1024
 """The most bytes of a body that the event loop reads itself, in less than a millisecond. Larger ones take a thread."""
 SECONDS: Final = 30.0
 SECONDS_PER_TEXT: Final = 0.1
-"""A request waits so long for its vectors if it does not say how long. A CPU embeds ten long texts in a second."""
+"""How many seconds a request waits for its vectors if it does not say so. A CPU embeds ten long texts in a second."""
 MAX_SECONDS: Final = 600.0
 
 KINDS: Final[Mapping[str, Kind]] = {

@@ -22,7 +22,7 @@ KEEP_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 """A server that has not answered by then counts as away. Those that ask for /health wait about as long."""
 LONG_WAIT_SECONDS = 10.0
-"""A request that has waited so long says that the workers cannot keep up."""
+"""How many seconds a request must have waited to show that the workers cannot keep up."""
 
 
 @dataclass(frozen=True, slots=True)

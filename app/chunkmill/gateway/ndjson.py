@@ -21,7 +21,7 @@ MAX_LINE_BYTES = 32 * 1024 * 1024
 LARGE_BYTES = 64 * 1024
 """A line of more bytes is parsed in a thread: 1 MiB takes some milliseconds."""
 STALL_SECONDS = 60.0
-"""A body of which nothing comes for so long has ended: it holds a thread, and perhaps a connection."""
+"""How many seconds a body may be silent before it counts as ended: it holds a thread, and perhaps a connection."""
 FIELDS = frozenset(("id", "text", "metadata"))
 
 

@@ -110,5 +110,5 @@ async def job(gateway: Gateway, caller: Caller, given: str) -> Job:
 
 def number_in_path(given: str, what: str) -> int:
     if not given.isascii() or not given.isdigit() or len(given) > 18:
-        raise Refusal(404, "not_found", f"there is no such {what}; its number in the path is not one.")
+        raise Refusal(404, "not_found", f"there is no such {what}; the path has something else than a number.")
     return as_number(what, int(given))

@@ -19,12 +19,12 @@ MOST_LONG = 4
 MOST_FOLLOWERS = 500
 """How many event streams a gateway has at a time."""
 STALL_SECONDS = 60.0
-"""An answer that its reader does not take for so long is ended: it holds a thread."""
+"""How many seconds an answer waits for its reader. After that it is ended, because it holds a thread."""
 LOOK_SECONDS = 0.5
 """How often the row of a job that somebody follows is read. Reading a large job takes longer, and is done less often:
 it takes at most a tenth of the time."""
 HEARTBEAT_SECONDS = 15.0
-"""After so long without news a comment is sent, because proxies end connections on which nothing comes."""
+"""How many seconds pass without news before a comment is sent, because proxies end silent connections."""
 
 Look = Callable[[int], Awaitable[Job]]
 

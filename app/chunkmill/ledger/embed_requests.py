@@ -30,7 +30,7 @@ MOST_PAYLOAD = 7_900
 IDS_EACH = MOST_PAYLOAD // 20
 """The most ids in one notification. An id has up to 19 digits."""
 LEASE_SECONDS = 4.0
-"""Who waits for a worker that was killed waits for so long, and one look longer, for another one. A worker renews the
+"""How many seconds, and one look more, the callers of a killed worker wait for another one. A worker renews the
 leases of what it holds three times in each."""
 MAX_ATTEMPTS = 2
 """A request that takes its worker down must not take down all of them."""

@@ -366,5 +366,6 @@ class _Measuring:
             raise Stopped
         if time.monotonic() >= self.deadline:
             raise WaitTimeout(
-                "The golden queries were not embedded and judged in time. Is a worker for both models up?"
+                "The golden queries were not embedded and judged in time. Check with `chunkmill status` that workers "
+                "serve both models."
             )

@@ -38,7 +38,7 @@ def load_tokenizer(library: Any, content: bytes) -> Any:
 
 
 def raise_unless_panic(error: BaseException) -> None:
-    """Raise ``error`` again if it is no Exception. A panic of the Rust library is none, and may be handled as one."""
+    """Raise ``error`` again if it is not an Exception. A panic of the Rust library is not, but is handled like one."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

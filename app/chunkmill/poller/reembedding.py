@@ -260,7 +260,7 @@ class Reembedder:
     def _let_go(self, life: Life) -> None:
         with self._db.begin() as conn:
             if lives.let_go(conn, life):
-                logger.info("collection %s: the space that it left is kept no longer", life.collection_id)
+                logger.info("collection %s: its previous space is no longer kept", life.collection_id)
 
     def _after_the_end(self, life: Life) -> None:
         if life.kept_until is None:

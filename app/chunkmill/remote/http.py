@@ -26,7 +26,7 @@ IN_FLIGHT = 8
 """How many requests of one call run side by side."""
 CONNECTIONS = 100
 KEEP_ALIVE_S = 4.0
-"""A connection without a request is closed after so long, before servers close theirs (most do after 5 s or more)."""
+"""How many seconds a connection without a request is kept: less than servers keep theirs (most do for 5 s or more)."""
 LONGEST_ERROR = 64 * 1024
 """Bytes that are read of a refusal. The rest is left unread, because its beginning says why."""
 LONGEST_IN_ADDRESS = 32_000

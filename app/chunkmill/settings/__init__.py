@@ -316,7 +316,7 @@ class Settings(ProviderSettings, GatewaySettings):
     query_cache_documents: bool = Field(
         False,
         description="Whether a client also keeps the vectors of documents that it embeds for a caller who waits. A "
-        "document that was enqueued needs it not, because its vector is in the database.",
+        "document that was enqueued does not need this, because its vector is in the database.",
     )
     worker_socket: Annotated[str, AfterValidator(_worker_socket)] = Field(
         "auto",

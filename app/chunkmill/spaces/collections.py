@@ -84,7 +84,7 @@ WHERE a.name = ANY(:names) AND k.dropped_at IS NULL
 
 
 def of_names(conn: sa.Connection, names: Sequence[str]) -> list[Collection]:
-    """The collections that have these names or aliases. Names of none are passed over."""
+    """The collections that have these names or aliases. Names that no collection has are ignored."""
     rows = conn.execute(sa.text(_OF_NAMES), {"names": list(names)})
     return [Collection(row.id, row.name, row.space_id) for row in rows]
 

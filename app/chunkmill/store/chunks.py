@@ -347,7 +347,9 @@ def _require_unmoved(conn: sa.Connection, collection: Collection) -> None:
     query = "SELECT space_id FROM collections WHERE id = :id"
     space_id = conn.execute(sa.text(query), {"id": collection.id}).scalar_one_or_none()
     if space_id is None:
-        raise NotFound(f"collection {collection.name!r} was dropped while its chunks were read. What came is not all.")
+        raise NotFound(
+            f"collection {collection.name!r} was dropped while its chunks were read. Not all of them were returned."
+        )
     if space_id != collection.space_id:
         raise SpaceMismatch(
             f"collection {collection.name!r} was emptied and filled in another space while its chunks were read, and "

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 import chunkmill
-from chunkmill import AsyncClient, Client
+from chunkmill import AsyncClient, ChunkmillError, Client, errors
 from chunkmill.broker import Broker
 from chunkmill.db.connect import create_db
 from chunkmill.settings import Settings
@@ -44,6 +44,14 @@ def test_every_type_that_a_method_takes_or_returns_is_public(method: typing.Any)
 def test_every_error_that_a_docstring_names_is_public(method: typing.Any) -> None:
     named = set(re.findall(r":class:`(\w+)`", inspect.getdoc(method) or ""))
     assert named <= set(chunkmill.__all__)
+
+
+def test_every_error_of_the_tree_is_public_and_says_what_it_means() -> None:
+    """The reference lists them all, under a heading that says that they are imported from `chunkmill`."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ChunkmillError)]
+    assert len(kinds) > 30
+    assert {kind.__name__ for kind in kinds} <= set(chunkmill.__all__)
+    assert [kind.__name__ for kind in kinds if not vars(kind).get("__doc__")] == []
 
 
 def types_of(hints: typing.Iterable[object], seen: set[type]) -> Iterator[type]:

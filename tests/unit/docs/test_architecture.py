@@ -91,11 +91,54 @@ def test_the_rooms_stand_in_the_order_of_the_layers() -> None:
 def test_every_name_is_in_the_file_that_the_page_sends_to() -> None:
     places = rows(section("## Where to find it"))
     assert len(places) >= 20
-    for what, files, names in places:
-        texts = [ROOT / path for path in PATH.findall(files)]
-        assert texts, what
-        for name in re.findall(r"`([\w.]+)`", names):
-            assert any(name.split(".")[-1] in file.read_text() for file in texts), f"{what}: {name}"
+    assert places == [place for place in places if PATH.findall(place[1])]
+    named = [
+        (what, PATH.findall(paths), name) for what, paths, names in places for name in re.findall(r"`([\w.]+)`", names)
+    ]
+    missing = [
+        f"{what}: {name}"
+        for what, paths, name in named
+        if not any(all(defines(ROOT / path, part) for part in name.split(".")) for path in paths)
+    ]
+    assert missing == []
+
+
+def test_a_name_that_a_module_only_uses_is_not_defined_there() -> None:
+    assert defines(ROOT / "app/chunkmill/store/write.py", "write_vectors")
+    assert not defines(ROOT / "app/chunkmill/store/write.py", "copy_in")
+
+
+def rooms_of(file: Path, package: str) -> set[str]:
+    """The folders of a package from which a test imports something: ``cli/jobs`` for ``chunkmill.cli.jobs.sources``."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    paths = {PACKAGES[package].joinpath(*name.split(".")[1:]) for name in imported if name.split(".")[0] == package}
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    return {str(folder.relative_to(PACKAGES[package])) for folder in folders if (folder / "__init__.py").is_file()}
+
+
+UNIT_TESTS = [
+    (package, path) for package in PACKAGES for path in sorted((ROOT / "tests/unit" / package).rglob("test_*.py"))
+]
+
+
+RUN_WHOLE = {"cli/tune/test_tune_command.py", "client/aio/test_verbs.py", "test_wheel.py"}
+"""These run a command, the public names or a build, and import no module of their room."""
+
+
+@pytest.mark.parametrize(("package", "path"), UNIT_TESTS, ids=lambda value: getattr(value, "name", value))
+def test_a_unit_test_stands_in_the_room_that_it_tests(package: str, path: Path) -> None:
+    place = path.relative_to(ROOT / "tests/unit" / package)
+    room = str(place.parent)
+    assert (PACKAGES[package] / room / "__init__.py").is_file(), "the folder mirrors one of the package"
+    imports_room = room in rooms_of(path, package)
+    assert imports_room != (str(place) in RUN_WHOLE), (
+        "it uses a module of its room, not only of rooms below or beside it"
+    )
 
 
 def test_what_takes_a_connection_leaves_the_transaction_to_its_caller() -> None:

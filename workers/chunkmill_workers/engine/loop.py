@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # How many TokenBatches of more urgent classes may run before one that waits. Then one of its class runs, so a flood of
 # queries slows a job down and never stops it.
 URGENT_RUN = 8
-# For so long after a query somebody is taken to wait, and less urgent passes are short: the next query may come while
+# How long after a query less urgent passes stay short, as if somebody waited: the next query may come while
 # one of them runs. They have as many tokens as the device thread computes in SHORT_PASS_SECONDS, and not fewer than
 # SHORT_PASS_TOKENS, with which a CPU is as fast as with more.
 WAITED_SECONDS = 1.0

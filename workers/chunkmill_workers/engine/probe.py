@@ -85,7 +85,7 @@ def require_fit(
 
     It takes two short forward passes. A model that passed is not asked again in this
     process: not in the same number format, by the same backend and on the same device. ``chosen`` says that the
-    operator chose the number format. If he did not, a model whose vectors are finite in fp32 only is :class:`Unfit`.
+    operator chose the number format. If not, a model whose vectors are finite in fp32 only is :class:`Unfit`.
     """
     identity = (*_of_folder(folder, backend.device), backend.name, _format(backend))
     if MEMORY.has_passed(identity):

@@ -74,8 +74,9 @@ class PreemptionWatcher(threading.Thread):
             provider = self._ask_around() if self._must_ask_around else self._providers[0]
             if provider is None:
                 logger.info(
-                    "no cloud's metadata service answers at %s: nobody will say when this machine is taken. If it may "
-                    "be, set PREEMPTION_NOTICE to its cloud; on EC2, a container needs a metadata hop limit of 2",
+                    "no cloud's metadata service answers at %s, so nobody will announce that this machine is taken "
+                    "away. If that may happen, set PREEMPTION_NOTICE to its cloud; on EC2, a container needs "
+                    "a metadata hop limit of 2",
                     self._service.url,
                 )
                 return

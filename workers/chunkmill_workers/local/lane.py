@@ -334,7 +334,7 @@ class Lane:
             self._landed()
 
     def wait_until_idle(self, seconds: float) -> bool:
-        """Whether nothing is under way, for which it waits so long at most."""
+        """Whether nothing is under way. It waits at most this long for that."""
         with self._changed:
             return self._changed.wait_for(lambda: not any(self._under_way.values()), seconds)
 
@@ -410,7 +410,7 @@ class Lane:
         try:
             return self._models.ready_engine(space)
         except Exception as error:  # noqa: BLE001 - a thread of the lane that ended would never answer again
-            logger.warning("whether the model of space %s is loaded cannot be told: %s", space.id, reason_of(error))
+            logger.warning("cannot find out whether the model of space %s is loaded: %s", space.id, reason_of(error))
             return None
 
     def _order(self) -> list[Rank]:
@@ -477,7 +477,7 @@ class Lane:
         try:
             is_wanted = not _is_late(item, time.monotonic()) and item.asked.is_wanted()
         except Exception:
-            logger.exception("it is not known whether somebody waits for a request, so it is answered")
+            logger.exception("cannot find out whether somebody still waits for a request, so it is answered")
             return True
         if not is_wanted:
             self._end(item, error=NobodyWaits())
@@ -496,7 +496,8 @@ class Lane:
         except Exception as error:  # noqa: BLE001 - whoever waits must get a reason
             parts = [part for part in parts if not part.item.is_over]
             if len({part.item.number for part in parts}) > 1:
-                logger.warning("requests are embedded one by one now, because together: %s", reason_of(error))
+                problem = "requests are embedded one by one, because embedding them together failed: %s"
+                logger.warning(problem, reason_of(error))
                 for part in parts:
                     self._embed(chosen, [part])
             else:

@@ -39,9 +39,9 @@ HELD_LARGE: Final = 4
 IDLE_FIRST_SECONDS: Final = 0.003
 """How long a worker that is busy leaves a new request to those that are idle. Its own device has work meanwhile."""
 ASK_SECONDS: Final = 0.1
-"""For so long it is taken as known that somebody waits for a request."""
+"""How many seconds the knowledge that somebody waits for a request is used before it is read again."""
 HANGS_SECONDS: Final = 25.0
-"""A worker whose engine has not finished a step for so long renews no lease: other workers answer."""
+"""How many seconds the engine may finish no step. After that the worker renews no lease, and other workers answer."""
 
 
 class EmbedResponder(Responder[WorkerContext]):

@@ -48,7 +48,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._ended.wait(LOOK_S):
             if supervisor_is_gone() and not self._context.stopping.is_set():
-                logger.warning("the supervisor of this worker is gone, so the worker leaves too")
+                logger.warning("the supervisor of this worker has ended, so the worker ends too")
                 self._drain.tell_itself()
                 continue
             if evidence := self.look():
@@ -61,7 +61,7 @@ class Watchdog(threading.Thread):
                 evidence = check()
             except Exception:  # without a watchdog nobody would end a worker that hangs
                 if check.__name__ not in self._failed:
-                    logger.exception("the watchdog cannot look at this worker, and tries again")
+                    logger.exception("the watchdog cannot check this worker, and tries again")
                 self._failed.add(check.__name__)
             else:
                 self._failed.discard(check.__name__)

@@ -203,7 +203,7 @@ def adopt(context: ProviderContext, step: Step) -> Step:
     if step.creating_for_s < grace:
         raise StepDelayed(min(grace / 4, grace - step.creating_for_s) + 0.01)
     require_own_key(context, step, "a batch that it may have created without an answer")
-    logger.info("%s: %.0f s after the create the provider does not list it", step.name, step.creating_for_s)
+    logger.info("%s: %.0f s after its creation the provider does not list it", step.name, step.creating_for_s)
     if step.input_file_id is None:
         return context.transact(
             lambda conn: provider_batches.advance(conn, step, State.GATHERED, error=None), "upload after all"
@@ -252,9 +252,9 @@ def _given_twice(context: ProviderContext, made: RemoteBatch) -> ProviderError:
     with context.begin() as conn:
         other = provider_batches.followed_as(conn, server, made.id)
     return ProviderSilent(
-        f"{server} gave the id {made.id} to a new batch, and ProviderBatch {other} is followed under that id. A server "
-        f"does so that counts anew after a restart. ProviderBatch {other} is given up when it is not found any more, "
-        f"or by: chunkmill lanes abandon {other}"
+        f"{server} gave the id {made.id} to a new batch, and ProviderBatch {other} is followed under that id. "
+        f"This happens if a server counts from the beginning after a restart. ProviderBatch {other} is given up when "
+        f"it is not found any more, or by: chunkmill lanes abandon {other}"
     )
 
 

@@ -138,7 +138,7 @@ def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
         said = error.brief if isinstance(error, ProviderError) else error
         logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)
     else:
-        logger.error("%s, step %s: again in %.0f s", step.name, step.state, delay, exc_info=error)
+        logger.error("%s, step %s failed and is tried again in %.0f s", step.name, step.state, delay, exc_info=error)
     _release(context, step, delay, reason)
 
 

@@ -172,7 +172,7 @@ class Supervisor:
                     self._on_crash_loop(f"worker on {post.place.name} ended {post.failures} times in a row")
             elif ending.then is AfterExit.MISCONFIGURED:
                 self._code = os.EX_CONFIG
-                logger.error("%s: %s, wrong configuration: its message above says what to fix", who, evidence)
+                logger.error("%s: %s, because of a wrong configuration: its message says what to fix", who, evidence)
             else:
                 logger.info("%s: %s, it has drained and is not started again", who, evidence)
 
@@ -300,7 +300,7 @@ class QueueClearing:
                 if any(queue in argument for argument in self._command):
                     logger.error(
                         "%s soon after its start. In case something in Redis ends it, queue %s was cleared: %s "
-                        "doorbells were deleted, and the poller rings again for what is due. If it goes on, its "
+                        "doorbells were deleted, and the poller rings again for what is due. If this repeats, its "
                         "messages above say why.",
                         what_happened, queue, broker.clear(queue),
                     )  # fmt: skip

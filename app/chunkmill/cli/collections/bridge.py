@@ -60,7 +60,9 @@ def bridge(ctx: click.Context) -> None:
 @bridge.command()
 @click.argument("collection")
 @click.argument("model")
-@click.option("--dimensions", type=click.IntRange(1), help="Shorten the vectors of the queries to so many numbers.")
+@click.option(
+    "--dimensions", type=click.IntRange(1), help="Number of dimensions to shorten the vectors of the queries to."
+)
 @click.option(
     "--sample", type=click.IntRange(32), default=5_000, show_default=True, help="Maximum number of texts to learn from."
 )

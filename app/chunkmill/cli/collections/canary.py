@@ -20,7 +20,8 @@ def canary(screen: Screen, reset: str | None) -> None:
     It also shows the worker's device and its versions. A worker embeds the golden texts before it serves a space, and
     refuses to serve it if its vectors differ too much from the reference, which the first worker made. If that first
     worker was the faulty one, delete its reference with --reset, start a worker that you trust, and then start the
-    others. In a space that a provider serves, --reset forgets which model answered: its next answer says it.
+    others. In a space that a provider serves, --reset forgets which model answered; the next answer of the provider
+    names it again.
     """
     with Client.from_env():  # checks that the database is migrated and reachable
         settings = Environment.load().settings

@@ -46,7 +46,9 @@ def chunks() -> None:
 @chunks.command("list")
 @click.argument("collection")
 @where_option
-@click.option("--after", metavar="ID", default="", help="Begin behind this id: the last one of the list before.")
+@click.option(
+    "--after", metavar="ID", default="", help="Begin after this id, which is the last one of the previous list."
+)
 @click.option(
     "-n", "--limit", type=click.IntRange(1, MAX_LISTED), default=20, show_default=True, help="Number of chunks."
 )
@@ -126,7 +128,7 @@ def count_chunks(screen: Screen, collection: str, where: dict[str, Any] | None) 
 @click.option("--all", "all_chunks", is_flag=True, help="Change all chunks of the collection.")
 @click.option("--set", "metadata", type=JsonObject(), metavar="JSON", help="Keys and values to set.")
 @click.option("--remove", multiple=True, metavar="KEY", help="Key to remove; may be given several times.")
-@click.option("--replace", is_flag=True, help="Let what --set gives take the place of all metadata of a chunk.")
+@click.option("--replace", is_flag=True, help="Replace all metadata of a chunk by what --set gives.")
 @json_option
 @click.pass_obj
 def update(
@@ -173,7 +175,7 @@ def delete(
 ) -> None:
     """Delete chunks of a collection by their ids, by a filter, or all of its chunks with --all.
 
-    A text that no chunk refers to any more is deleted with its vectors. What an enqueue writes while a filter deletes
+    A text that no chunk refers to any more is deleted with its vectors. What an enqueue writes while --filter deletes
     is kept.
     """
     _require_one(ids, where, all_chunks=all_chunks, verb="delete")

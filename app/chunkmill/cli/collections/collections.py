@@ -22,7 +22,7 @@ def collections(context: click.Context, exact: bool) -> None:
     """List the collections, with what is in them and how they are served.
 
     A number with ~ is estimated from Postgres' statistics; --exact counts. On a terminal this is a table, and in a pipe
-    it is JSON. A name may be that of a collection or an alias in every command.
+    it is JSON. Every command takes an alias in place of a collection's name.
     """
     if context.invoked_subcommand is not None:
         return

@@ -36,16 +36,16 @@ def _in_a_folder(_: click.Context, __: click.Parameter, file: Path | None) -> Pa
 @click.argument("model")
 @click.option("--against", metavar="MODEL", help="Compare with this model and not with that of the collection.")
 @click.option(
-    "--sample", type=click.IntRange(1), default=20_000, show_default=True, help="How many texts are searched at most."
+    "--sample", type=click.IntRange(1), default=20_000, show_default=True, help="Maximum number of texts to search."
 )
 @click.option(
     "--queries",
     type=click.IntRange(2),
     default=2_000,
     show_default=True,
-    help="How many golden queries at most.",
+    help="Maximum number of golden queries.",
 )
-@click.option("--dimensions", type=int, help="Cut the vectors of MODEL to so many numbers.")
+@click.option("--dimensions", type=int, help="Number of dimensions to shorten the vectors of MODEL to.")
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="The precision of MODEL.")
 @click.option("--max-usd", metavar="USD", callback=_usd, help="Send nothing if it would cost more than this.")
 @click.option("--dry-run", is_flag=True, help="Say what would be embedded and what it would cost, and stop.")

@@ -49,7 +49,7 @@ def writable(_: click.Context, __: click.Parameter, paths: tuple[Path, ...]) -> 
     type=click.IntRange(2, MAX_SAMPLE),
     default=5_000,
     show_default=True,
-    help="How many distinct texts are drawn at most. Chance chooses them, and always the same ones.",
+    help="Maximum number of distinct texts to draw. They are chosen at random, and the same ones each time.",
 )
 @click.option(
     "--method",

@@ -60,13 +60,17 @@ class Shares(click.ParamType[tuple[int, ...]]):
 
 def _gate_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
-        click.option("--missing", type=click.IntRange(0), help="Chunks that may be missing in the new space."),
-        click.option("--ndcg-loss", type=Limit(), help="nDCG@10 that may be lost, by its lower 95 % bound."),
-        click.option("--queries", type=click.IntRange(2), help="Golden queries that are needed at least."),
-        click.option("--recall", type=Limit(), help="Least recall@10 of the new serving index."),
-        click.option("--p95-ratio", type=Limit(), help="How many times longer searches may take."),
-        click.option("--price", type=Limit(), help="Most US dollars for a million tokens."),
-        click.option("--no-canary", is_flag=True, help="Do not ask for golden texts of the new space."),
+        click.option("--missing", type=click.IntRange(0), help="Maximum number of chunks missing in the new space."),
+        click.option(
+            "--ndcg-loss", type=Limit(), help="Maximum loss of nDCG@10, at the lower bound of its 95 % interval."
+        ),
+        click.option("--queries", type=click.IntRange(2), help="Minimum number of golden queries."),
+        click.option("--recall", type=Limit(), help="Minimum recall@10 of the new serving index."),
+        click.option(
+            "--p95-ratio", type=Limit(), help="How many times as long as in the old space the slowest 5 % may take."
+        ),
+        click.option("--price", type=Limit(), help="Maximum price in US dollars for a million tokens."),
+        click.option("--no-canary", is_flag=True, help="Do not require golden texts of the new space."),
         click.option("--ramp", type=Shares(), help="Shares of the sessions in percent, such as 10,50,100, or none."),
     )
     for option in reversed(options):
@@ -113,7 +117,9 @@ def reembed() -> None:
 @reembed.command()
 @click.argument("collection")
 @click.argument("model")
-@click.option("--dry-run", is_flag=True, help="Only say what it would take.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only show what would be embedded, how long that takes, and what it costs."
+)
 @click.option(
     "--on-long",
     type=click.Choice([word.value for word in OnLong]),
@@ -121,7 +127,11 @@ def reembed() -> None:
     show_default=True,
     help="What to do with a text that is too long for MODEL: truncate it, reject it, or split it for embedding.",
 )
-@click.option("--dimensions", type=click.IntRange(1), help="Shorten the vectors of a model that was trained for it.")
+@click.option(
+    "--dimensions",
+    type=click.IntRange(1),
+    help="Number of dimensions to shorten the vectors to, if the model was trained for that.",
+)
 @click.option("--precision", type=click.Choice([str(word) for word in Precision]), help="The precision of MODEL.")
 @click.option(
     "--route",
@@ -137,9 +147,17 @@ def reembed() -> None:
     show_default=True,
     help="Work of a higher priority is embedded first.",
 )
-@click.option("--step-hours", type=float, default=STEP_HOURS, show_default=True, help="How long each share lasts.")
-@click.option("--keep-days", type=float, default=KEEP_DAYS, show_default=True, help="How long the way back is kept.")
-@click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped or stays.")
+@click.option(
+    "--step-hours",
+    type=float,
+    default=STEP_HOURS,
+    show_default=True,
+    help="How many hours each share of the ramp lasts.",
+)
+@click.option(
+    "--keep-days", type=float, default=KEEP_DAYS, show_default=True, help="How many days a rollback stays possible."
+)
+@click.option("--wait", is_flag=True, help="Show the progress until the flip, or until somebody has to act.")
 @_gate_options
 @json_option
 @click.pass_obj
@@ -176,7 +194,9 @@ def start(
 
 @reembed.command(name="list")
 @click.argument("collection", required=False)
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Most re-embeddings to list.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=20, show_default=True, help="Maximum number of re-embeddings to list."
+)
 @json_option
 @click.pass_obj
 def list_(screen: Screen, collection: str | None, limit: int) -> None:
@@ -196,7 +216,7 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
 
 @reembed.command()
 @click.argument("which", type=ReembeddingName())
-@click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped or stays.")
+@click.option("--wait", is_flag=True, help="Show the progress until the flip, or until somebody has to act.")
 @json_option
 @click.pass_obj
 def show(screen: Screen, which: int | str, *, wait: bool) -> None:
@@ -231,7 +251,7 @@ def judge(screen: Screen, which: int | str, timeout: float) -> None:
 @json_option
 @click.pass_obj
 def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) -> None:
-    """Make the new space the active one now, without the rest of the ramp, whatever the gates of quality say."""
+    """Make the new space the active one now, without the rest of the ramp and whatever the gates of quality say."""
     with Client.from_env() as client:
         flipped = client.flip(which, missing=missing, timeout=timeout)
     _show(screen, flipped)
@@ -248,7 +268,7 @@ def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) 
 @json_option
 @click.pass_obj
 def rollback(screen: Screen, which: int | str, missing: int | None, timeout: float) -> None:
-    """Make the space active again that the collection left."""
+    """Make the collection's previous space the active one again."""
     with Client.from_env() as client:
         back = client.rollback(which, missing=missing, timeout=timeout)
     _show(screen, back)
@@ -259,7 +279,7 @@ def rollback(screen: Screen, which: int | str, missing: int | None, timeout: flo
 @json_option
 @click.pass_obj
 def pause(screen: Screen, which: int | str) -> None:
-    """Let a re-embedding stay in its state and its share."""
+    """Stop a re-embedding where it is, until `resume`. Its share of the searches stays."""
     with Client.from_env() as client:
         _show(screen, client.pause_reembedding(which))
 
@@ -270,7 +290,7 @@ def pause(screen: Screen, which: int | str) -> None:
 @json_option
 @click.pass_obj
 def resume(screen: Screen, /, which: int | str, *, ramp: tuple[int, ...] | None, **given: Any) -> None:
-    """Go on with one that was paused, has a problem or stepped back; with other gates or another ramp."""
+    """Continue a re-embedding that was paused, has a problem or stepped back, also with other gates or another ramp."""
     with Client.from_env() as client:
         before = client.reembedding(which)
         gates = _gates(given, before.limits)
@@ -293,7 +313,7 @@ def cancel(screen: Screen, which: int | str) -> None:
 @json_option
 @click.pass_obj
 def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
-    """Drop the space that the collection left now. There is no way back after that."""
+    """Drop the collection's previous space now. No rollback is possible after that."""
     with Client.from_env() as client:
         shown = client.reembedding(which)
         if not yes:
@@ -308,7 +328,7 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
 
 
 def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
-    """Show how it goes on until it is flipped, ends, is paused, stays in its share, or has a problem."""
+    """Show the progress until it is flipped, ends, is paused, stays in its share, or has a problem."""
     with Bar(screen, f"{shown.collection}: {shown.state}") as bar:
         said = None
         while True:

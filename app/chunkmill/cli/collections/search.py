@@ -69,19 +69,21 @@ class Mix(click.ParamType[object]):
 @click.option(
     "--offset",
     type=click.IntRange(0),
-    help="How many of the nearest chunks to leave out. Give 0 for the first page, and the pages fit together.",
+    help="How many of the nearest chunks to skip. To read page after page, give 0 for the first one, so that no chunk "
+    "is missing between two pages.",
 )
 @click.option(
     "--hybrid",
     type=Mix(),
     metavar="MIX",
-    help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. By default what "
+    help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. The default is what "
     "`golden tune` chose.",
 )
 @click.option(
     "--session",
     metavar="NAME",
-    help="Whoever asks. While a collection moves to another space, the same one answers the same session.",
+    help="Name of the user or session that searches. While a collection moves to another space, all searches of one "
+    "session are answered from the same space.",
 )
 @click.option(
     "--space",

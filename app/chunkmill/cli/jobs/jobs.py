@@ -103,15 +103,16 @@ class Deadline(click.ParamType[datetime | timedelta]):
     type=click.Choice(["raise", "skip"]),
     default="raise",
     show_default=True,
-    help="What to do with an invalid chunk. raise: stop, and write nothing. skip: put it into the job's dead list. "
-    "The command then exits with 0 however many there are, because that was asked for; --max-refused sets a limit.",
+    help="What to do with an invalid chunk. raise: stop, and write nothing. skip: put it into the job's dead list; "
+    "the command then exits with 0, however many chunks are invalid. --max-refused sets a limit.",
 )
 @click.option(
     "--max-refused",
     type=Refusable(),
     metavar="N",
-    help="How many chunks may be invalid: a number, or a share such as 1%. Those are skipped. If there are more, "
-    "nothing is written, and if more are dead at the end of the job, it stays; the command exits with 5 in both cases.",
+    help="How many chunks may be invalid: a number, or a share such as 1%. Invalid chunks are skipped. If more chunks "
+    "are invalid, nothing is written. If more chunks are dead when the job ends, the job is kept. In both cases the "
+    "command exits with 5.",
 )
 @click.option(
     "--id-field",
@@ -125,8 +126,8 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "metadata_fields",
     multiple=True,
     metavar="FIELD",
-    help="Name of a field that becomes metadata; several are separated by commas, or given one by one.  [default: all "
-    "other fields]",
+    help="Name of a field that becomes metadata. Separate several names by commas, or repeat the option.  [default: "
+    "all other fields]",
 )
 @click.option(
     "--chunk",
@@ -163,19 +164,20 @@ class Deadline(click.ParamType[datetime | timedelta]):
 @click.option(
     "--encoding",
     metavar="NAME",
-    help="Encoding of the texts, such as cp1252; whole documents in UTF-8 are read as that.  [default: UTF-8]",
+    help="Encoding of the texts, such as cp1252. A document that is valid UTF-8 is read as UTF-8 all the same.  "
+    "[default: UTF-8]",
 )
 @click.option(
     "--delimiter",
     metavar="CHAR",
-    help="What separates the columns of CSV: one character, or the word tab.  [default: see the header]",
+    help="What separates the columns of CSV: one character, or the word tab.  [default: recognized from the header]",
 )
 @click.option("--typed", is_flag=True, help="Keep numbers, true, false and empty cells of CSV as such in the metadata.")
 @click.option("--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that no two collide.")
 @click.option(
     "--sync",
     is_flag=True,
-    help="Delete what the collection has and the sources do not, after all of them were read.",
+    help="After all sources were read, delete the chunks of the collection that are in none of them.",
 )
 @click.option(
     "--sync-where",
@@ -183,7 +185,7 @@ class Deadline(click.ParamType[datetime | timedelta]):
     metavar="JSON",
     help='Filter for --sync: delete only chunks that pass it, such as {"source": "wiki"}.',
 )
-@click.option("--allow-empty", is_flag=True, help="Let --sync delete everything of a source that holds nothing.")
+@click.option("--allow-empty", is_flag=True, help="Let --sync delete chunks although the sources are empty.")
 @click.option(
     "--deadline",
     type=Deadline(),
@@ -225,11 +227,11 @@ def enqueue(
     SOURCE is a file, a folder, or - for JSON lines on stdin. A file is .jsonl, .ndjson, .json (an array), .csv, .tsv or
     .parquet; all but the last may also end in .gz. Each record of a file
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
-    and .rst file is one chunk, whose id is its path inside the folder; a link that leads out of the folder, and what
-    is not a regular file, is named and skipped. Hidden files are not read, and files of other kinds are counted. If an
-    id comes twice, the last one counts.
-    With --chunk, documents are cut into chunks of their own: .txt, .md, .html, .pdf and source files, in a folder or
-    named by themselves, and also with .gz. So are the texts of records.
+    and .rst file is one chunk, whose id is its path inside the folder. Hidden files are not read, and files of other
+    kinds are counted. A link that leads out of the folder, and anything that is not a regular file, is skipped and
+    named in a warning. If an id comes twice, the last chunk with it is kept.
+    With --chunk, documents are cut into chunks: .txt, .md, .html, .pdf and source files, in a folder or named by
+    themselves, and also with .gz. The texts of records are cut too.
     Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field, split_names(metadata_fields) or None)

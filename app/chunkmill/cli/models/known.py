@@ -28,7 +28,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 def list_models(screen: Screen) -> None:
     """List the models that people use: sizes, limits, prompts and licences, and how fast they are here.
 
-    Nothing is read but the table that comes with Chunkmill. A model of another name works too if `chunkmill models
+    Only the table that comes with Chunkmill is read. A model that is not in it works too if `chunkmill models
     check` says so. `tokens/s` is what `chunkmill tune` measured on this machine. MTEB is an average over tasks that are
     not yours; where no score could be cited, none is shown.
     """
@@ -66,18 +66,27 @@ def list_models(screen: Screen) -> None:
 
 @click.command()
 @click.option("--memory", type=Quantity("amount of memory", BYTES, "mib", "2GB"), metavar="SIZE",
-              help="Most memory of the engine, such as 2GB.")  # fmt: skip
+              help="Maximum memory of the engine, such as 2GB.")  # fmt: skip
 @click.option("--latency", type=Quantity("time", _SECONDS, "ms", "20ms"), metavar="TIME",
-              help="Longest time for one short text, such as 20ms.")  # fmt: skip
-@click.option("--throughput", type=click.FloatRange(0), metavar="N", help="Fewest tokens per second.")
-@click.option("--dimensions", type=click.IntRange(1), metavar="N", help="Most numbers in a vector.")
-@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Fewest tokens that it reads of a text.")
+              help="Maximum time for one short text, such as 20ms.")  # fmt: skip
+@click.option("--throughput", type=click.FloatRange(0), metavar="N", help="Minimum number of tokens per second.")
+@click.option("--dimensions", type=click.IntRange(1), metavar="N", help="Maximum number of dimensions of a vector.")
+@click.option(
+    "--tokens", type=click.IntRange(1), metavar="N", help="Minimum number of tokens of a text that the model reads."
+)
 @click.option("--multilingual", is_flag=True, help="Only models for many languages.")
 @click.option("--commercial", is_flag=True, help="Only models whose licence allows commercial use.")
-@click.option("--paid", is_flag=True, help="Models that are paid for too.")
+@click.option("--paid", is_flag=True, help="Show models of paid providers too.")
 @click.option("--prefer", type=click.Choice(PREFERENCES), default="quality", show_default=True,
               help="What to sort by.")  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Most models to show.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of models to show.",
+)
 @json_option
 @click.pass_obj
 def choose(

@@ -50,11 +50,17 @@ def keys() -> None:
     "--tenant",
     help="Whose files, batches and jobs the key sees: those of all keys of one tenant.  [default: the key's name]",
 )
-@click.option("--requests-per-minute", type=click.IntRange(1, 2**31 - 1), help="At each gateway.")
-@click.option("--tokens-per-minute", type=click.IntRange(1, 2**62), help="At each gateway.")
-@click.option("--parallel", type=click.IntRange(1, 2**31 - 1), help="Requests at once, at each gateway.")
-@click.option("--tokens-per-month", type=click.IntRange(0, 2**62), help="In a month (UTC), at all gateways together.")
-@click.option("--usd-per-month", metavar="AMOUNT", help="US dollars on paid routes, likewise.")
+@click.option("--requests-per-minute", type=click.IntRange(1, 2**31 - 1), help="Maximum at each gateway.")
+@click.option("--tokens-per-minute", type=click.IntRange(1, 2**62), help="Maximum at each gateway.")
+@click.option(
+    "--parallel", type=click.IntRange(1, 2**31 - 1), help="Maximum number of requests at once at each gateway."
+)
+@click.option(
+    "--tokens-per-month", type=click.IntRange(0, 2**62), help="Maximum in a month (UTC) at all gateways together."
+)
+@click.option(
+    "--usd-per-month", metavar="AMOUNT", help="Maximum of US dollars that paid routes may cost in a month (UTC)."
+)
 @click.option("--expires", metavar="DAYS|TIME", help="When the key ends: 90d, or a time such as 2027-01-31T12:00Z.")
 @json_option
 @click.pass_obj
@@ -105,8 +111,8 @@ def create(
 def list_(screen: Screen) -> None:
     """List the keys: what each allows, and what it used in this month (UTC).
 
-    USD is that of its requests and of the jobs, batches and re-embeddings that it began. Of that, `reserved` is what
-    those under way are still expected to cost; the bill replaces it as they go.
+    USD is what the key's requests cost, and the jobs, batches and re-embeddings that it began. `reserved` is the part
+    of it that open ones are still expected to cost. As they continue, the real charges replace it.
     """
     with _database() as conn:
         listed = stored.list_all(conn)

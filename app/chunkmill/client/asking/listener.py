@@ -171,7 +171,7 @@ class Mailbox:
 class Listener:
     """The listener of this process for one database. Its thread runs from the first call that waits until it is idle.
 
-    It has one connection, which is none of a client's pool.
+    It has one connection, which does not belong to a client's pool.
     """
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ class Listener:
         """Say why answers are looked for, once for each reason."""
         said = reason_of(error)
         if said != self._said:
-            logger.warning("cannot listen for answers of workers (%s): each call looks for its own meanwhile", said)
+            logger.warning("cannot listen for answers of workers (%s): for now each call reads its own answer", said)
         self._said = said
 
     def _listen(self, connection: psycopg.Connection[object], woken: socket.socket) -> None:

@@ -51,7 +51,7 @@ class Lookup:
 
 
 class Lookups:
-    """Use it in its event loop only. It has one connection, which is none of the client's pool."""
+    """Use it in its event loop only. It has one connection, which does not belong to the client's pool."""
 
     def __init__(self, db: sa.Engine) -> None:
         self._db = db
@@ -99,7 +99,7 @@ class Lookups:
             connection = await asyncio.to_thread(open_alone, self._db)
         except Exception as error:  # noqa: BLE001 - each call looks for itself meanwhile, and says what is wrong
             self._not_before = time.monotonic() + AGAIN_SECONDS
-            logger.info("each call looks into the store by itself for now: %s", reason_of(error))
+            logger.info("for now each call reads the store in a transaction of its own: %s", reason_of(error))
             return
         finally:
             self._opening = None

@@ -43,7 +43,8 @@ RETRY_SECONDS = 1.0
 AVOID_SECONDS = 3.0
 """How long a worker is not asked that leaves, or for a space whose model it has not loaded."""
 SILENT_SECONDS = 4.0
-"""A worker with open requests says every second that it is alive. After so long a silence others get its requests."""
+"""How many seconds a worker with open requests may be silent before others get them. It says each second that it is
+alive."""
 GREETING_SECONDS = 2.0
 """How long a connection may take until both sides have proved that they know the token."""
 IDLE_SECONDS = 30.0
@@ -272,7 +273,7 @@ class _ThreadHub(_Hub):
                 selector.register(ends[1], selectors.EVENT_READ)
                 self._read_all(selector, ends[1])
         except Exception as error:  # the calls that wait must not wait for a thread that has ended
-            logger.exception("requests are sent to no worker directly for now")
+            logger.exception("for now requests go to workers through Postgres, because their sockets cannot be used")
             with self.mutex:
                 connections = list(self.connections)
                 self._thread = self._ends = None

@@ -69,7 +69,8 @@ class JobRecovery:
             except Exception as error:
                 said = reason_of(error)
                 if said != self._said:
-                    logger.error("the jobs of batches cannot be kept going: %s", said, exc_info=_unknown(error))  # noqa: TRY400
+                    problem = "the gateway cannot ring for the jobs of its batches or end them: %s"
+                    logger.error(problem, said, exc_info=_unknown(error))  # noqa: TRY400
                 self._said = said
             else:
                 self._said = None

@@ -18,7 +18,7 @@ LONGEST_FORM = 1 << 16
 
 
 async def caller_of(gateway: Gateway, request: Request) -> Caller | None:
-    """Whose key the cookie has; None if there is none, or if it is valid no more."""
+    """Whose key the cookie has; None if there is none, or if it is no longer valid."""
     key = request.cookies.get(_cookie(request))
     return await gateway.keys.caller(key) if key else None
 
@@ -57,7 +57,7 @@ async def form(request: Request) -> dict[str, str]:
     try:
         fields = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=20)
     except ValueError:
-        raise Refusal(400, "invalid_input", "the form is not one of this page.") from None
+        raise Refusal(400, "invalid_input", "this form was not made by this page. Load the page again.") from None
     return {name: values[-1] for name, values in fields.items()}
 
 
@@ -70,7 +70,7 @@ def require_same_origin(request: Request) -> None:
     else:
         is_own = request.headers.get("sec-fetch-site") == "same-origin"
     if not is_own:
-        raise Refusal(403, "cross_origin", "forms are taken from the page of this gateway only.")
+        raise Refusal(403, "cross_origin", "only forms of this gateway's own page are accepted.")
 
 
 def is_followed_from_elsewhere(request: Request) -> bool:

@@ -430,7 +430,7 @@ async def remove_alias(gateway: Gateway, request: Request, caller: Caller) -> Re
 def _require_named(caller: Caller, name: str) -> None:
     """Raise :class:`Refusal` if the caller's key does not name it. Whether it exists is not looked at."""
     if not caller.may_see(name):
-        raise Refusal(403, "name_not_allowed", "this API key may give only those names that it may see.")
+        raise Refusal(403, "name_not_allowed", "this API key may give a collection only a name that it may see.")
 
 
 async def _name_in_body(request: Request, field: str) -> str:

@@ -35,7 +35,7 @@ def damaged_content(content_hash: bytes) -> DeadContent:
     return DeadContent(
         content_hash,
         "damaged_text",
-        "the text in the database is not the one that was enqueued: its SHA-256 is another. Enqueue the chunk again, "
+        "the text in the database is not the one that was enqueued: its SHA-256 differs. Enqueue the chunk again, "
         "which stores its text anew",
     )
 

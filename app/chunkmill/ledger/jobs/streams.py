@@ -84,7 +84,7 @@ def require_deletions(conn: sa.Connection) -> None:
     """Raise :class:`StoreUnavailable` if the schema cannot keep how many chunks an enqueue deleted."""
     if not kept(conn).refused:
         raise StoreUnavailable(
-            "the database cannot replace what a source does not have any more yet. Run: chunkmill migrate"
+            "the database cannot keep a collection in step with its source yet. Run: chunkmill migrate"
         )
 
 

@@ -211,7 +211,7 @@ def _mark(db: sa.Engine, patience: float) -> tuple[int, int]:
         with db.begin() as conn:
             writers &= holders(conn, DELETE_LOCK)
     if writers:
-        # The look is not made up to a mark that somebody may still write before, but up to none.
+        # This look has no mark, because somebody may still write ChunkBatches with numbers below it.
         return reopenings, 0
     return reopenings, mark
 

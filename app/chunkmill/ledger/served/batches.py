@@ -203,7 +203,7 @@ def hold(conn: sa.Connection, batch: ServedBatch) -> None:
     """
     parameters = {"id": batch.id, "attempt": batch.attempt, "state": batch.state, "lease": float(LEASE_SECONDS)}
     if conn.execute(sa.text(update), parameters).rowcount == 0:
-        raise LeaseLost(f"batch {batch.name} is in the hands of another gateway, or was cancelled.")
+        raise LeaseLost(f"batch {batch.name} is held by another gateway, or was cancelled.")
 
 
 def release(conn: sa.Connection, batch: ServedBatch, *, pause_seconds: float = 0.0) -> None:

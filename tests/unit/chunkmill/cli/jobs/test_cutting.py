@@ -96,7 +96,9 @@ def test_compressed_documents_are_read_like_others(chunker: Chunker, folder: Pat
     assert texts["sub/b.html"] == texts["sub/c.HTML.GZ"] != []
     assert texts["p.pdf.gz"] == ["flour", "flour"]  # in the folder, and named itself
     refused = {item.known_id: item.problem for item in read if isinstance(item, InvalidChunk)}
-    assert refused == dict.fromkeys(("broken.md.gz", "plain.txt.gz"), "it is no whole gzip file; write it again")
+    assert refused == dict.fromkeys(
+        ("broken.md.gz", "plain.txt.gz"), "the gzip file is damaged or incomplete; write it again"
+    )
 
 
 def test_what_sphinx_puts_beside_its_pages_is_skipped_and_said(chunker: Chunker, folder: Path) -> None:

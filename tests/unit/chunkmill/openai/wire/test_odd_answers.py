@@ -25,7 +25,7 @@ from chunkmill.openai.wire.bounds import MAX_COUNT
 from chunkmill.openai.wire.jsonl import RefusedRequest, Unreadable, decode_line
 from chunkmill.openai.wire.redaction import redact
 from chunkmill.openai.wire.status import RemoteBatch, remote_batch
-from tests.unit.chunkmill.openai.odd_bodies import DIMENSIONS, INPUTS, batch, line, oddly_encoded, plain_or_error
+from tests.unit.chunkmill.openai.wire.odd_bodies import DIMENSIONS, INPUTS, batch, line, oddly_encoded, plain_or_error
 
 N = int(os.environ.get("ODD_ANSWERS", "200"))
 SEED = 15

@@ -192,7 +192,7 @@ def test_a_password_that_crosses_a_network_without_verified_tls_is_warned_of(
 
 
 def test_doctor_knows_every_extra_that_users_install() -> None:
-    project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[5] / "pyproject.toml").read_text())["project"]
     extras = {name: names_of(needed) for name, needed in project["optional-dependencies"].items()}
     for ours in ("bench", "dev", "gpu"):
         del extras[ours]
