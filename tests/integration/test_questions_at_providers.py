@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from chunkmill.domain.providers import read_models
 from chunkmill.domain.spaces import OnLong
+from chunkmill.errors import StoreLimit
 from chunkmill.ledger.money import budget, questions
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -81,7 +82,8 @@ def answer(worker: ProviderContext) -> None:
 
 
 def book_overdue(worker: ProviderContext) -> None:
-    ProviderResponder(worker)._book_overdue()
+    """Let a worker look for questions. None waits, and so it books what workers that are gone have left."""
+    assert not ProviderResponder(worker).answer_next()
 
 
 def during(worker: ProviderContext, *, before: Callable[[], object] = str, after: Callable[[], object] = str) -> None:
@@ -301,15 +303,14 @@ def test_a_question_that_was_booked_meanwhile_is_not_asked_any_further(
     """Its worker was so slow that it was taken for dead. Its other requests would be in no budget."""
     slow, other = workers(stage), workers(stage)
     spaces = [register(stage, model) for model in (SMALL, LARGE)]
-    for space in spaces:
-        ask(stage, space, [f"{stage.name} {i}" for i in range(10)])
 
     def taken_for_dead() -> None:
         make_overdue(stage)
         book_overdue(other)
 
     during(slow, after=taken_for_dead)
-    for _ in spaces:
+    for space in spaces:
+        ask(stage, space, [f"{stage.name} {i}" for i in range(10)])
         answer(slow)
 
     assert len(stage.charges()) == 2
@@ -375,8 +376,8 @@ def test_two_workers_that_look_at_once_book_a_question_once(
 def test_a_question_whose_worker_may_still_answer_is_left_to_it(
     stage: Scene, workers: Callable[[Scene], ProviderContext]
 ) -> None:
-    """As long as a request may take, counted from the moment when it is sent."""
-    asked = [ask(stage, register(stage, model), [str(i) for i in range(8)]) for model in (SMALL, LARGE)]
+    """As long as a request may take, counted from the moment when it is sent. Another one of its space is booked."""
+    spaces = [register(stage, model) for model in (SMALL, LARGE)]
     worker, other = workers(stage), workers(stage)
     left: list[float] = []
 
@@ -387,13 +388,66 @@ def test_a_question_whose_worker_may_still_answer_is_left_to_it(
         )
 
     during(worker, before=look, after=look)
-    for _ in asked:
+    for space in spaces:
+        ask(stage, space, [f"{stage.name} {i}" for i in range(8)])
+        with stage.corridor.db.begin() as conn:
+            until = conn.execute(sa.text("SELECT now() - interval '1 s'")).scalar_one()
+            questions.add(conn, b"of a worker that is gone", space_id=space.id, tokens=5, until=until)
+            questions.mark_sent(conn, b"of a worker that is gone", contents=3, tokens=4, until=until)
         answer(worker)
 
     assert len(left) == 8
     assert all(seconds > stage.corridor.settings.openai_timeout_seconds for seconds in left)
-    assert booked(stage, "adjustments") == {}
+    assert booked(stage, "adjustments") == {space.id: 3 for space in spaces}
+    assert booked(stage, "adjustments", "tokens") == {space.id: 4 for space in spaces}
     stage.check_books()
+
+
+@pytest.mark.parametrize("end", ["refused", "taken back"])
+def test_a_question_that_ends_early_leaves_the_budget_at_once(
+    stage: Scene, server: OpenAIServer, workers: Callable[[Scene], ProviderContext], end: str
+) -> None:
+    """What a provider refuses costs nothing, and what nobody waits for any more is not sent."""
+    for model in (SMALL, LARGE):
+        ask(stage, register(stage, model), [f"{stage.name} {i}" for i in range(8)])
+        worker = workers(stage)
+        if end == "refused":
+            server.misbehave("http_error", after=1, status=400, where={"endpoint": "embeddings.create"})
+        else:
+            during(worker, after=lambda: withdraw_all(stage))
+        answer(worker)
+        assert stage.corridor.rows("SELECT FROM provider_questions") == []
+
+    assert len(stage.charges()) == 2
+    assert counted(stage) == billed(stage)
+    stage.check_books()
+
+
+def test_an_answer_that_could_not_be_booked_stays_in_the_budget(
+    stage: Scene, workers: Callable[[Scene], ProviderContext]
+) -> None:
+    """Whatever prevented it, such as a limit of Postgres: it was charged, and is booked as charged perhaps."""
+    spaces = [register(stage, model) for model in (SMALL, LARGE)]
+    for space in spaces:
+        number = ask(stage, space, [f"{stage.name} {i}" for i in range(2)])
+        worker = workers(stage)
+
+        def fail(work: object, what: str, **_: object) -> None:
+            raise StoreLimit(f"{what}: statement_timeout")
+
+        worker.transact = fail  # type: ignore[method-assign, assignment]
+        answer(worker)
+        with stage.corridor.db.begin() as conn:
+            told = one_request.take_answer(conn, number, dimensions=8)
+        assert told is not None
+        assert "statement_timeout" in str(told.error)
+    assert counted(stage) == billed(stage) > 0
+
+    make_overdue(stage)
+    book_overdue(workers(stage))
+
+    assert (booked(stage, "charges"), counted(stage)) == ({}, billed(stage))
+    assert booked(stage, "adjustments") == {space.id: 2 for space in spaces}
 
 
 def test_a_question_of_a_model_that_a_worker_does_not_know_is_left_to_one_that_knows_its_price(
