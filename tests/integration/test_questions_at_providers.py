@@ -387,7 +387,11 @@ def test_a_question_whose_worker_may_still_answer_is_left_to_it(
             stage.corridor.one("SELECT extract(epoch FROM until - clock_timestamp())::float FROM provider_questions")
         )
 
-    during(worker, before=look, after=look)
+    def look_and_spend_the_time() -> None:
+        look()
+        change(stage, "UPDATE provider_questions SET until = now() + interval '1 s'")
+
+    during(worker, before=look, after=look_and_spend_the_time)
     for space in spaces:
         ask(stage, space, [f"{stage.name} {i}" for i in range(8)])
         with stage.corridor.db.begin() as conn:
