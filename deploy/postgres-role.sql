@@ -166,6 +166,8 @@ BEGIN
             -- A person corrects the bill and lets ProviderBatches go as a producer, and takes nothing back out of it.
             ('^adjustments$', 'UPDATE', 'chunkmill_producers'),
             ('^(charges|adjustments)$', 'DELETE', 'chunkmill_workers'),
+            -- What a question may cost is not its caller's to take out of the budget.
+            ('^provider_questions$', 'INSERT, UPDATE, DELETE', 'chunkmill_producers, chunkmill_pollers'),
             ('^(charges|adjustments)$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^(contents|collections|collection_aliases)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             -- A poller takes the steps of a re-embedding, and a person begins one. Workers know nothing of it.

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Route
 from chunkmill.ledger import embed_requests
-from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.money import budget, charges, questions
 from chunkmill.ledger.provider import provider_inputs
 from chunkmill.ledger.provider.provider_room import Room
 from chunkmill.settings import Settings
@@ -156,22 +156,42 @@ def test_searches_at_once_spend_no_more_than_the_budget(limited: Scene, monkeypa
     assert 0 < billed(limited) <= ONE_OF_EACH
 
 
-def test_a_search_under_way_is_committed_until_it_is_answered(limited: Scene) -> None:
+def test_a_search_under_way_is_committed_whether_or_not_its_caller_waits(limited: Scene) -> None:
+    corridor = limited.corridor
+    with corridor.db.begin() as conn:
+        asked, until = [], conn.execute(sa.text("SELECT now()")).scalar_one()
+        for number, model in enumerate((SMALL, LARGE)):
+            space = registry.register(conn, corridor.settings.provider_models[model].space(OnLong.TRUNCATE, 8))
+            asked.append(one_request.ask(conn, space_id=space.id, kind="query", texts=["word"]))
+            tokens = (number + 1) * 1_000_000
+            questions.add(conn, bytes([number]), space_id=space.id, tokens=tokens, until=until)
+        assert budget.committed(conn, corridor.settings) == Decimal("0.02") + Decimal("0.26")
+        claimed = embed_requests.claim_next(conn, spaces=[space.id - 1])
+        assert claimed is not None
+        embed_requests.refuse(conn, claimed, "why")
+        one_request.withdraw(conn, asked[1])
+        assert budget.committed(conn, corridor.settings) == Decimal("0.02") + Decimal("0.26")
+        questions.end(conn, bytes([0]))
+        assert budget.committed(conn, corridor.settings) == Decimal("0.26")
+        questions.end(conn, bytes([1]))
+        assert budget.committed(conn, corridor.settings) == 0
+
+
+def test_what_workers_of_the_last_release_ask_is_committed_too(limited: Scene) -> None:
+    """They note it in the request, and know no other table."""
     corridor = limited.corridor
     with corridor.db.begin() as conn:
         for model in (SMALL, LARGE):
             space = registry.register(conn, corridor.settings.provider_models[model].space(OnLong.TRUNCATE, 8))
             one_request.ask(conn, space_id=space.id, kind="query", texts=["word"])
-        small, large = (embed_requests.claim_next(conn, spaces=[space.id - 1 + i]) for i in range(2))
-        assert small is not None
-        assert large is not None
-        embed_requests.commit_tokens(conn, small, 1_000_000)
-        embed_requests.commit_tokens(conn, large, 2_000_000)
-        assert budget.committed(conn, corridor.settings) == Decimal("0.02") + Decimal("0.26")
-        embed_requests.refuse(conn, small, "why")
-        assert budget.committed(conn, corridor.settings) == Decimal("0.26")
-        one_request.withdraw(conn, large.id)
-        assert budget.committed(conn, corridor.settings) == 0
+        until = conn.execute(sa.text("SELECT now()")).scalar_one()
+        questions.add(conn, b"", space_id=space.id, tokens=1_000_000, until=until)
+        conn.execute(sa.text("UPDATE embed_requests SET committed_tokens = 2000000"))
+        assert budget.committed(conn, corridor.settings) == Decimal("0.04") + Decimal("0.39")
+        conn.execute(sa.text("UPDATE embed_requests SET error = 'why' WHERE space_id = :id"), {"id": space.id})
+        assert budget.committed(conn, corridor.settings) == Decimal("0.04") + Decimal("0.13")
+        conn.execute(sa.text("DROP TABLE provider_questions"))
+        assert budget.committed(conn, corridor.settings) == 0, "its schema has no table of questions"
 
 
 def test_what_is_booked_between_two_statements_is_not_overlooked(

@@ -300,6 +300,7 @@ PICTURES = {
     "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
     "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
     "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",
+    "questions": "SELECT tokens, sent_tokens FROM provider_questions",
     "lanes": "SELECT route, stop_code, max_inputs FROM provider_lanes ORDER BY 1",
 }
 

@@ -597,35 +597,6 @@ def test_a_question_that_another_worker_took_over_is_not_asked_any_more(stage: S
         asked.result()
 
 
-def test_a_question_that_is_asked_again_books_what_the_first_may_have_cost(stage: Scene) -> None:
-    asked = ask(stage, list(stage.texts(2).values()))
-    with stage.corridor.db.begin() as conn:  # a worker that was killed while it asked
-        conn.execute(
-            sa.text("""
-                UPDATE embed_requests
-                SET attempts = 1, lease_until = now() - interval '1 s', committed_tokens = 9
-            """)
-        )
-
-    assert ProviderResponder(stage.corridor.context).answer_next()
-
-    asked.result()
-    assert stage.corridor.rows("SELECT kind, job_id, contents::int, tokens::int FROM adjustments") == [
-        {"kind": "maybe_charged", "job_id": 0, "contents": 2, "tokens": 9}
-    ]
-
-
-def test_a_question_that_nobody_had_sent_books_nothing_when_it_is_asked_again(stage: Scene) -> None:
-    asked = ask(stage, list(stage.texts(2).values()))
-    with stage.corridor.db.begin() as conn:  # a worker that was killed before it sent anything
-        conn.execute(sa.text("UPDATE embed_requests SET attempts = 1, lease_until = now() - interval '1 s'"))
-
-    assert ProviderResponder(stage.corridor.context).answer_next()
-
-    asked.result()
-    assert stage.corridor.rows("SELECT FROM adjustments") == []
-
-
 @pytest.mark.parametrize(("committed", "is_awaited"), [(False, True), (True, True), (True, False)])
 def test_an_answer_to_a_question_is_booked_once_though_the_connection_breaks(
     stage: Scene, monkeypatch: pytest.MonkeyPatch, committed: bool, is_awaited: bool

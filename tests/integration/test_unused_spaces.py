@@ -94,7 +94,7 @@ def test_prune_drops_the_spaces_that_nothing_refers_to_and_only_those(
     assert client.audit("docs").complete
 
 
-@pytest.mark.parametrize("user", ["job", "charge", "question", "at a provider", "collection"])
+@pytest.mark.parametrize("user", ["job", "charge", "question", "at a provider", "question at a provider", "collection"])
 def test_a_space_that_something_refers_to_stays(client: Client, db: sa.Engine, user: str) -> None:
     space, other = register(db, "used"), register(db, "unused")
     statements = {
@@ -102,6 +102,8 @@ def test_a_space_that_something_refers_to_stays(client: Client, db: sa.Engine, u
         "question": "INSERT INTO embed_requests (space_id, kind, texts) VALUES (:space, 'query', '{a}')",
         "at a provider": "INSERT INTO provider_inputs (space_id, content_hash, chunk_batch_id, attempt, job_id, "
         "n_tokens, sent_tokens, truncated) VALUES (:space, '', 1, 1, 1, 1, 1, false)",
+        "question at a provider": "INSERT INTO provider_questions (key, space_id, tokens, until) "
+        "VALUES ('', :space, 1, now())",
         "job": "INSERT INTO jobs (collection_id, space_id, state, route, priority, on_long) "
         "SELECT id, :space, 'running', 'local', 1, 'truncate' FROM collections",
     }

@@ -102,6 +102,7 @@ class Scene:
         # Searches and probes belong to no job, and so to no attempt.
         assert used == self.corridor.one("SELECT coalesce(sum(tokens), 0)::int FROM charges WHERE job_id <> 0")
         assert self.corridor.rows("SELECT * FROM provider_inputs") == []
+        assert self.corridor.rows("SELECT * FROM provider_questions") == []
         left = [file for file in self.server.state()["files"] if file["id"] not in self._files]
         assert left == []
 

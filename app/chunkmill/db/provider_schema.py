@@ -187,6 +187,26 @@ class ProviderSuspectRow(Base):
     content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary, primary_key=True)
 
 
+class ProviderQuestionRow(Base):
+    """What a provider may charge for texts that somebody waits for, until it is booked or is known to be refused.
+
+    ``key`` is random. Only workers delete a row: neither the caller nor a crash of Postgres takes it away.
+    """
+
+    __tablename__ = "provider_questions"
+
+    key: Mapped[bytes] = mapped_column(sa.LargeBinary, primary_key=True)
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    """How many of its tokens are not booked. The budget counts them."""
+    sent_contents: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """How many contents the request has that is with the provider; 0 if none is."""
+    sent_tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """How many of ``tokens`` that request has."""
+    until: Mapped[datetime] = mapped_column(TIMESTAMP)
+    """After this moment its worker is taken for dead, and another one books what was sent as charged perhaps."""
+
+
 class ChargeRow(Base):
     """What a provider charged, by day, route, space, job and ProviderBatch.
 

@@ -44,27 +44,6 @@ def is_outage(error: BaseException) -> bool:
     return _is_one_of(_OUTAGE, error)
 
 
-def transaction_id(conn: sa.Connection) -> str:
-    """The number that Postgres gives to this transaction."""
-    return str(conn.execute(sa.text("SELECT CAST(pg_current_xact_id() AS text)")).scalar_one())
-
-
-def is_committed(conn: sa.Connection, number: str) -> bool:
-    """Whether an earlier run of this transaction was committed, although its answer was lost. ``number`` is that of the
-    earlier run. While its session is still at it, this waits, up to 30 s. A server that took over from a lost one may
-    know nothing of the number: then it was not committed."""
-    query = sa.text("""
-        SELECT CASE WHEN run < pg_snapshot_xmax(pg_current_snapshot()) THEN pg_xact_status(run) END
-        FROM (SELECT CAST(CAST(:number AS text) AS xid8)) AS earlier (run)
-    """)
-    deadline = time.monotonic() + 30.0
-    while (status := conn.execute(query, {"number": number}).scalar_one()) == "in progress":
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.05)
-    return bool(status == "committed")
-
-
 def _is_one_of(codes: tuple[str, ...], error: BaseException) -> bool:
     if limit_of(error):
         return False  # although some of these limits also end the session

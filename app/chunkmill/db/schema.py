@@ -729,7 +729,7 @@ class EmbedRequestRow(Base):
     attempts: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     committed_tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
-    """How many of its tokens a provider is about to charge. The budget counts them while there is no answer."""
+    """Only paid workers of an older release write it. ``provider_questions`` is in its place."""
     urgency: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
     """0 for a few short texts, which go first; 1 for larger requests."""
     caller: Mapped[str] = mapped_column(sa.Text, server_default="")

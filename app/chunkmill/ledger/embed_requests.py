@@ -19,7 +19,6 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.domain.reasons import storable
-from chunkmill.domain.states import Route
 from chunkmill.telemetry import tracing
 
 CHANNEL = "chunkmill_embed_requests"
@@ -317,42 +316,6 @@ def still_open(conn: sa.Connection, request_ids: Sequence[int]) -> set[int]:
             {"ids": list(request_ids)},
         ).scalars()
     )
-
-
-def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> None:
-    """Note how many tokens of a request are about to be sent to a provider and not charged yet, for the budget.
-
-    They count until the request has an answer or is gone. If the lease was lost, nothing is changed.
-    """
-    if has_columns(conn, "committed_tokens"):
-        conn.execute(
-            sa.text("UPDATE embed_requests SET committed_tokens = :n WHERE id = :id AND lease_until = :lease_until"),
-            {"id": request.id, "lease_until": request.lease_until, "n": tokens},
-        )
-
-
-def committed_of(conn: sa.Connection, request: EmbedRequest) -> int | None:
-    """How many tokens are committed for a request. None if the lease was lost, or the schema is an older one."""
-    if not has_columns(conn, "committed_tokens"):
-        return None
-    held = {"id": request.id, "lease_until": request.lease_until}
-    query = "SELECT committed_tokens FROM embed_requests WHERE id = :id AND lease_until = :lease_until FOR UPDATE"
-    return conn.execute(sa.text(query), held).scalar_one_or_none()
-
-
-def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
-    """The tokens that are committed for requests without an answer: ``(space_id, route, tokens)`` of each space."""
-    if not has_columns(conn, "committed_tokens"):
-        return ()
-    return conn.execute(
-        sa.text("""
-            SELECT space_id, CAST(:route AS text) AS route, sum(committed_tokens) AS tokens
-            FROM embed_requests
-            WHERE committed_tokens > 0 AND vectors IS NULL AND error IS NULL
-            GROUP BY space_id
-        """),
-        {"route": Route.OPENAI_SYNC},
-    ).all()
 
 
 _COLUMNS = """

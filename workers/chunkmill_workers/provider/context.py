@@ -62,7 +62,7 @@ class ProviderContext(QueueContext):
         )
         require_migrated(db)
         with db.begin() as conn:
-            require_at_least(conn, "0011")
+            require_at_least(conn, "0032")
         read_twins(settings)
         context = cls(settings, db, provider)
         context.become_current()

@@ -12,7 +12,6 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.db.retry import is_committed, transaction_id
 from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong
@@ -29,7 +28,7 @@ from chunkmill.errors import (
 )
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
-from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.money import budget, charges, questions
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
@@ -73,6 +72,7 @@ class ProviderResponder(Responder[ProviderContext]):
         """Answer one request. Returns False if there is none, the lane is paused, or this worker leaves."""
         if self._context.stopping.is_set():
             return False
+        self._book_overdue()
 
         def claim_next(conn: sa.Connection, unserved: list[int]) -> list[EmbedRequest]:
             if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
@@ -106,6 +106,18 @@ class ProviderResponder(Responder[ProviderContext]):
         self.wake()
         self.join(timeout=self._context.answer_seconds + 5)
 
+    def _book_overdue(self) -> None:
+        """Book what workers that are gone had sent of questions, whether or not anybody still waits for an answer."""
+        with self._context.begin() as conn:
+            for space_id in questions.overdue_spaces(conn):
+                space = registry.get_if_readable(conn, space_id)
+                if space is None or not self._context.serves(space):
+                    continue  # workers that know its price book it
+                sent = [
+                    UnansweredRequests(0, row.contents, row.tokens) for row in questions.take_overdue(conn, space_id)
+                ]
+                book_unanswered(conn, self._context, space, sent)
+
     @property
     def _lease_seconds(self) -> float:
         """Longer than one request may take: a question that is still asked must not be asked, and paid for, twice."""
@@ -117,6 +129,7 @@ class ProviderResponder(Responder[ProviderContext]):
             vectors = question.vectors()
         except LeaseLost as lost:
             logger.warning("%s", lost)
+            question.end()
             return
         except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
             tracing.fail(type(error).__name__)
@@ -129,9 +142,12 @@ class ProviderResponder(Responder[ProviderContext]):
             if isinstance(error, ChunkmillError) and error.elsewhere:
                 self._context.unserved.leave(space.id, error)
             self.end_without_vectors(question.request, error)
+            if isinstance(error, ProviderError):
+                question.end()  # after any other error nobody knows whether something was sent and is not booked
             return
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)
+        question.end()
 
 
 @contextlib.contextmanager
@@ -153,8 +169,7 @@ class _Question:
         self._context = context
         self._space = space
         self._lease_seconds = lease_seconds
-        self._committed = 0
-        """How many tokens the budget counts for what is not answered yet."""
+        self._key = secrets.token_bytes(16)
 
     def vectors(self) -> NDArray[np.float32]:
         """One vector per text. A text that is too long is treated as the space treats long documents."""
@@ -192,23 +207,20 @@ class _Question:
         return np.concatenate(vectors)
 
     def _commit_money(self, items: Sequence[ProviderInput]) -> None:
-        """Let the budget count the question before it is sent. Raises :class:`BudgetExceeded`.
-
-        What an earlier worker had committed and nobody booked may have been sent by it, and is booked first.
-        """
+        """Let the budget count the question before it is sent. Raises :class:`BudgetExceeded`."""
         context, space = self._context, self._space
         tokens = sum(item.sent_tokens for item in items)
-        with context.begin() as conn:
-            if left := embed_requests.committed_of(conn, self.request):
-                book_unanswered(conn, context, space, [UnansweredRequests(0, min(len(items), left), left)])
-                embed_requests.commit_tokens(conn, self.request, 0)
         with context.begin() as conn:
             price = charges.price_today(conn, context.model(space))
             usd = price.of(tokens, Route.OPENAI_SYNC) if price else Decimal(0)
             if (held := budget.why_held(conn, context.settings, space.spec, usd)) is not None:
                 raise BudgetExceeded(held)
-            embed_requests.commit_tokens(conn, self.request, tokens)
-        self._committed = tokens
+            questions.add(conn, self._key, space_id=space.id, tokens=tokens, until=self.request.lease_until)
+
+    def end(self) -> None:
+        """Take the question out of flight. What was sent of it must be booked, or surely not charged."""
+        with self._context.begin() as conn:
+            questions.end(conn, self._key)
 
     def _ask(self, part: PlainRequest, number: int) -> NDArray[np.float32]:
         """Send one request and book it as soon as it is answered, because the next one of the question may fail.
@@ -216,10 +228,13 @@ class _Question:
         Raises :class:`LeaseLost` if nobody waits for the question any more.
         """
         context, request, space = self._context, self.request, self._space
+        contents = len(part.items)
         with context.begin() as conn:
             renewed = embed_requests.renew(conn, request, lease_seconds=self._lease_seconds)
-        if renewed is None:
-            raise LeaseLost(f"embed request {request.id}: nobody waits for it any more, or another worker has it")
+            if renewed is None or not questions.mark_sent(
+                conn, self._key, contents=contents, tokens=part.tokens, until=renewed.lease_until
+            ):
+                raise LeaseLost(f"embed request {request.id}: nobody waits for it any more, or another worker has it")
         self.request = renewed
         try:
             embedded = ask_plain(
@@ -234,7 +249,8 @@ class _Question:
             if silent.timed_out:
                 context.health.too_large(context.model(space).name, part.inputs)
             with context.begin() as conn:
-                book_silence(conn, context, space, [UnansweredRequests(0, len(part.items), part.tokens)], silent)
+                if questions.take_sent(conn, self._key):
+                    book_silence(conn, context, space, [UnansweredRequests(0, contents, part.tokens)], silent)
             raise
         context.health.answered(Route.OPENAI_SYNC)
         self._book(part, embedded)
@@ -248,21 +264,16 @@ class _Question:
         context, space, model = self._context, self._space, self._context.model(self._space)
         contents = len(part.items)
         tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
-        self._committed -= part.tokens
-        runs: list[str] = []
 
         def book(conn: sa.Connection) -> str | None:
             refusal = refuse_model(conn, space.id, asked=model.name, answered=embedded.model)
-            # The question cannot tell: whoever waited for it may have taken it back since.
-            if any(is_committed(conn, run) for run in runs):
-                return refusal  # the answer to that commit was lost
-            runs.append(transaction_id(conn))
+            if not questions.take_sent(conn, self._key):
+                return refusal  # an earlier run was committed, or another worker has booked it
             if refusal is None:
                 book_answer(conn, context, space, contents=contents, tokens=tokens)
             else:
                 lost = UnansweredRequests(0, contents, tokens)
                 book_unanswered(conn, context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
-            embed_requests.commit_tokens(conn, self.request, self._committed)
             return refusal
 
         refusal = context.transact(book, "book an answer", is_paid=True)

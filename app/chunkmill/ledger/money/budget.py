@@ -12,8 +12,7 @@ from chunkmill.domain.prices import price_on
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import ProviderBatchState, Route
 from chunkmill.errors import BudgetExceeded, InvalidSetting
-from chunkmill.ledger import embed_requests
-from chunkmill.ledger.money import adjustments, charges
+from chunkmill.ledger.money import adjustments, charges, questions
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -110,7 +109,7 @@ def committed(conn: sa.Connection, settings: Settings) -> Decimal:
         """),
         {"batch_api": Route.OPENAI, "plain": Route.OPENAI_SYNC, "committed": _COMMITTED},
     ).all()
-    rows = [*rows, *embed_requests.committed(conn)]
+    rows = [*rows, *questions.committed(conn)]
     total = Decimal(0)
     today = charges.today(conn) if rows else None
     for row in rows:
