@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -40,8 +41,10 @@ def main() -> int:
     parser.add_argument("--together", type=int, default=2, help="seeds at a time (with --inside one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     options = parser.parse_args()
-    if options.inside and not options.odd:
-        parser.error("--inside is a form of --odd: give both.")
+    if options.inside:
+        if not options.odd:
+            parser.error("--inside is a form of --odd: give both.")
+        logging.disable()  # what a worker in this process warns of would stand between the lines of the seeds
     kills = options.kills if options.kills is not None else 6 if options.inside else 12
     contents = options.contents or (60 if options.inside else 900)
     for name in {field.upper() for field in Settings.model_fields} & os.environ.keys():
