@@ -563,6 +563,46 @@ def test_a_quota_that_another_batch_of_ours_fills_pauses_the_lane_and_cuts_nothi
     assert stage.bill(texts | others) == dict.fromkeys(texts | others, 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("missing_line", {"lines": 1}), ("late_file_ids", {"times": None, "where": {"endpoint": "batches.retrieve"}})],
+)
+def test_a_batch_that_ended_and_waits_for_its_files_leaves_a_small_quota_to_others(
+    stage: Scene, server: OpenAIServer, kind: str, options: dict[str, Any]
+) -> None:
+    """It may wait for hours. What the provider has ended is not in its queue, so that the next may be sent."""
+    texts, others = stage.texts(12), stage.texts(12, first=50)
+    server.forget()
+    server.control(enqueued_tokens=300)
+    server.misbehave(kind, **options)
+    jobs = [stage.enqueue(texts), stage.enqueue(others, collection="other")]
+    waits = "state = 'submitted' AND provider_status = 'completed'"
+    stage.run_until(
+        lambda: stage.end_pauses() or stage.corridor.rows(f"SELECT FROM provider_batches WHERE {waits}"), hurry=False
+    )
+    assert stage.corridor.client.lanes()[0].max_tokens is not None
+    server.calm()
+    with stage.corridor.db.begin() as conn:
+        # From now on nothing looks for its files.
+        far = "not_before = now() + interval '1 day', lease_until = NULL"
+        conn.execute(sa.text(f"UPDATE provider_batches SET {far} WHERE {waits}"))
+    open_others = f"SELECT FROM provider_batches WHERE state <> 'closed' AND NOT ({waits})"
+    stage.run_until(
+        lambda: (
+            not stage.corridor.rows(open_others)
+            and not stage.corridor.rows("SELECT FROM chunk_batches WHERE state = 'available'")
+        ),
+        hurry=False,
+    )
+    assert len(stage.corridor.rows("SELECT FROM provider_batches WHERE state <> 'closed'")) == 1
+    assert stage.bill(texts | others).keys() == (texts | others).keys()
+
+    jobs = stage.finish(*jobs)
+
+    assert [job.state for job in jobs] == ["completed"] * 2
+    assert len(stage.corridor.client.vectors("docs")) == len(stage.corridor.client.vectors("other")) == 12
+
+
 def test_a_lowered_limit_packs_again_what_is_gathered_and_not_sent(stage: Scene, server: OpenAIServer) -> None:
     texts = {f"c{i}": stage.text(i) + " word" * 1000 for i in range(20)}
     server.misbehave("http_error", times=1, status=503, where={"endpoint": "files.create"})

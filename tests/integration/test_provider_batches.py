@@ -319,6 +319,42 @@ def test_what_is_at_the_provider_or_about_to_be_counts_for_the_accounts_limits(
     assert used.made_in_an_hour == 1 + in_the_hour
 
 
+@pytest.mark.parametrize(
+    ("status", "is_queued"),
+    [
+        (None, True),
+        ("validating", True),
+        ("in_progress", True),
+        ("finalizing", True),
+        ("cancelling", True),
+        ("vanished", True),  # another key may see it
+        ("completed", False),
+        ("failed", False),
+        ("expired", False),
+        ("cancelled", False),
+    ],
+)
+def test_a_batch_that_has_ended_is_not_in_the_providers_queue(
+    db: sa.Engine, small: registry.Space, large: registry.Space, status: str | None, is_queued: bool
+) -> None:
+    """Its result files may take hours to come. Neither the account's limits nor a refused batch wait for them."""
+    with db.begin() as conn:
+        step = claimed(conn, add_provider_batch(conn, large, "uploaded", n_tokens=30, n_requests=2))
+        add_provider_batch(conn, small, "submitted", n_tokens=500, n_requests=7, provider_status=status)
+        used = provider_room.enqueued(conn)
+        others = provider_batches.any_other_at_provider(conn, step)
+        # The status of an earlier create says nothing of what is about to be created.
+        for state in ("gathered", "uploaded", "creating"):
+            conn.execute(
+                sa.text("UPDATE provider_batches SET state = :state WHERE id <> :id"), {"state": state, "id": step.id}
+            )
+            assert provider_room.enqueued(conn).tokens == 530
+
+        assert provider_batches.any_other_at_provider(conn, step)
+    assert (used.tokens, used.requests, used.provider_batches) == ((530, 9, 2) if is_queued else (30, 2, 1))
+    assert others is is_queued
+
+
 def test_an_hour_of_batches_is_an_hour(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         for age in ("59 minutes 59 seconds", "60 minutes"):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.openai_chaos.odd import LOOKS_FOR_RESULTS
 from tests.openai_chaos.points import CALLS
 
 _left = int(os.environ.get("DIE_NTH", "1"))
@@ -46,8 +47,10 @@ def around(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
 
 def worker() -> None:
     from chunkmill.openai.http import Provider
+    from chunkmill_workers.provider import follow
     from chunkmill_workers.provider.context import ProviderContext
 
+    follow.LOOKS_FOR_RESULTS = LOOKS_FOR_RESULTS
     for name in CALLS:
         if name != "lines":
             setattr(Provider, name, around(name, getattr(Provider, name)))

@@ -6,14 +6,23 @@ It needs seconds where real processes need a minute, so that many seeds can be r
 from __future__ import annotations
 
 import random
+import resource
+import time
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 
+from chunkmill.settings import Settings
+from chunkmill_workers.provider import follow
 from chunkmill_workers.provider.context import ProviderContext
-from tests.openai_chaos.odd import ODDITIES, Person, choose, start
-from tests.support.corridor_scene import Scene
+from tests.openai_chaos.odd import LOOKS_FOR_RESULTS, ODDITIES, Person, choose, start
+from tests.openai_chaos.run import Report
+from tests.openai_server import OpenAIServer
+from tests.support.corridor_scene import Scene, scene
 
 CALLS = ("upload", "create", "retrieve", "find", "cancel", "delete_file", "files_named")
 TURNS = 400
@@ -26,9 +35,10 @@ class Died(BaseException):
 class Mortal:
     """Makes a worker die, by chance, before or after a transaction or a call of the provider."""
 
-    def __init__(self, context: ProviderContext, rng: random.Random, kills: int) -> None:
+    def __init__(self, context: ProviderContext, rng: random.Random, deaths: Counter[str], kills: int) -> None:
         self._rng = rng
-        self.left = kills
+        self._deaths = deaths
+        self._kills = kills
         self._wrap(context, "transact")
         for name in CALLS:
             self._wrap(context.provider, name)
@@ -37,21 +47,40 @@ class Mortal:
         real: Callable[..., Any] = getattr(owner, name)
 
         def call(*given: Any, **more: Any) -> Any:
-            self._maybe_die()
+            what = given[1] if name == "transact" else name
+            self._maybe_die(f"{what}:before")
             result = real(*given, **more)
-            self._maybe_die()
+            self._maybe_die(f"{what}:after")
             return result
 
         setattr(owner, name, call)
 
-    def _maybe_die(self) -> None:
-        if self.left and self._rng.random() < 0.04:
-            self.left -= 1
+    def _maybe_die(self, point: str) -> None:
+        if self._deaths.total() < self._kills and self._rng.random() < 0.04:
+            self._deaths[point] += 1
             raise Died
 
 
-def run_inside(stage: Scene, seed: int, *, kills: int = 6, contents: int = 60) -> dict[str, Any]:
-    """Two jobs that share a third of their texts. Returns what was booked; AssertionError says what is wrong."""
+def report_inside(settings: Settings, server: OpenAIServer, seed: int, *, kills: int, contents: int) -> Report:
+    """``settings`` name an empty, migrated database and an empty Redis."""
+    named: Any = SimpleNamespace(node=SimpleNamespace(name=f"seed {seed}"))
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(follow, "LOOKS_FOR_RESULTS", LOOKS_FOR_RESULTS)
+        with scene(settings, server, named, openai_batch_max_inputs=max(2, contents // 3)) as stage:
+            report = Report(seed, contents, odd=choose(random.Random(seed)))
+            try:
+                run_inside(stage, report, kills=kills)
+            except AssertionError as wrong:
+                report.problems.append(str(wrong))
+    report.seconds = time.monotonic() - began
+    report.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return report
+
+
+def run_inside(stage: Scene, report: Report, *, kills: int = 6) -> None:
+    """Two jobs that share a third of their texts. Fills the report; AssertionError says what is wrong."""
+    seed, contents = report.seed, report.contents
     rng = random.Random(seed)
     corridor, server, names = stage.corridor, stage.server, choose(rng)
     server.forget()
@@ -59,7 +88,7 @@ def run_inside(stage: Scene, seed: int, *, kills: int = 6, contents: int = 60) -
     half = contents * 2 // 3
     first, second = stage.texts(half), stage.texts(half, first=contents - half)
     jobs = [stage.enqueue(first), stage.enqueue(second, collection="other")]
-    Mortal(corridor.context, rng, kills)
+    Mortal(corridor.context, rng, report.kills, kills)
     person = Person(corridor.client, corridor.db, server, names, every=4)
     told = f"seed {seed}: {', '.join(names)}"
     for _ in range(TURNS):
@@ -86,8 +115,12 @@ def run_inside(stage: Scene, seed: int, *, kills: int = 6, contents: int = 60) -
     assert bill.keys() == (first | second).keys(), told
     [charged] = corridor.rows(f"SELECT {_SUMS} FROM charges")
     rows = corridor.rows(f"SELECT kind, {_SUMS} FROM adjustments GROUP BY kind")
+    report.unconfirmed = {row["kind"]: row["n"] for row in rows}
+    report.booked = {row["kind"]: row["tokens"] for row in rows}
+    report.provider_batches = corridor.one("SELECT count(*) FROM provider_batches")
     more = {"n": sum(row["n"] for row in rows), "tokens": sum(row["tokens"] for row in rows)}
     billed = {"n": sum(c["inputs"] for c in stage.charges()), "tokens": sum(c["tokens"] for c in stage.charges())}
+    report.billed, report.charged = billed["n"], charged["n"]
     for what, right in billed.items():
         books = f"{told}: {what}: {charged[what]} charged, {more[what]} lost or maybe charged, {right} billed; {rows}"
         if any(ODDITIES[name].books for name in names):
@@ -101,7 +134,6 @@ def run_inside(stage: Scene, seed: int, *, kills: int = 6, contents: int = 60) -
     may_be_left = any(ODDITIES[name].books for name in names)
     left = [file["filename"] for file in files if file["purpose"] == "batch" or not may_be_left]
     assert not left, f"{told}: {left}"
-    return {"names": names, "charged": charged, "booked": rows, "billed": billed}
 
 
 _SUMS = "coalesce(sum(contents), 0)::int AS n, coalesce(sum(tokens), 0)::int AS tokens"

@@ -42,6 +42,12 @@ class Report:
     provider_batches: int = 0
     odd: list[str] = field(default_factory=list)
     """What the provider did wrong, beside the kills."""
+    billed: int = 0
+    """Contents that the server charged, as often as it did."""
+    charged: int = 0
+    """Contents that we booked because an answer confirmed them."""
+    unconfirmed: dict[str, int] = field(default_factory=dict)
+    """Contents that we booked without an answer, by kind: lost, or maybe charged."""
     booked: dict[str, int] = field(default_factory=dict)
     """Tokens that no answer confirmed, by kind."""
     peak_mb: int = 0
@@ -55,7 +61,11 @@ class Report:
             "kills": dict(sorted(self.kills.items())),
             "provider_batches": self.provider_batches,
             "odd": self.odd,
-            "booked": self.booked,
+            "complete": not self.problems,
+            "billed": self.billed,
+            "charged": self.charged,
+            "unconfirmed": self.unconfirmed,
+            "unconfirmed_tokens": self.booked,
             "peak_mb": self.peak_mb,
             "seconds": round(self.seconds, 1),
             "problems": self.problems,
@@ -183,9 +193,8 @@ def _work(
         if person is not None:
             person.look(jobs)
         states = [client.job(job.id).state for job in jobs]
-        if person is not None and JobState.FAILED in states:
-            continue
-        if all(state.is_final for state in states) and not _open(client):
+        is_given_up = person is not None and JobState.FAILED in states  # the person retries it
+        if all(state.is_final for state in states) and not is_given_up and not _open(client):
             break
         if time.monotonic() > deadline:
             report.problems.append(
@@ -237,8 +246,14 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
             """)
         ).one()
         rows = conn.execute(
-            sa.text("SELECT kind, sum(tokens)::int AS tokens FROM adjustments WHERE job_id <> 0 GROUP BY kind")
-        )
+            sa.text("""
+                SELECT kind, sum(contents)::int AS contents, sum(tokens)::int AS tokens
+                FROM adjustments
+                WHERE job_id <> 0
+                GROUP BY kind
+            """)
+        ).all()
+        report.unconfirmed = {row.kind: row.contents for row in rows}
         report.booked = {row.kind: row.tokens for row in rows}
     report.provider_batches = one.batches
     if never or len(bill) != len(wanted):
@@ -249,6 +264,7 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
     # Plain charges are those of probes, which belong to no job.
     batches = [charge for charge in server.charges() if charge["kind"] == "batch"]
     billed, inputs = sum(charge["tokens"] for charge in batches), sum(charge["inputs"] for charge in batches)
+    report.billed, report.charged = inputs, one.charged
     for what, booked, more, right in (
         ("contents", one.charged, one.unconfirmed, inputs),
         ("tokens", one.tokens, sum(report.booked.values()), billed),

@@ -87,7 +87,10 @@ class ProviderBatchState(StrEnum):
 
     @property
     def is_enqueued(self) -> bool:
-        """Whether it counts against the account's limits: its inputs are queued at the provider, or about to be."""
+        """Whether it counts against the account's limits: its inputs are queued at the provider, or about to be.
+
+        One that is submitted counts no more once the provider says that it has ended.
+        """
         state = ProviderBatchState
         return self in (state.GATHERED, state.UPLOADED, state.CREATING, state.SUBMITTED)
 

@@ -20,9 +20,13 @@ from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.errors import LeaseLost
+from chunkmill.openai.wire.status import RemoteStatus
 
 _SPENDING = [state for state in State if state.spends]
 _ENQUEUED = [state for state in State if state.is_enqueued]
+ENDED = [status for status in RemoteStatus if status.is_terminal]
+"""The ``provider_status`` of a batch that is not in the provider's queue any more. While its result files are not all
+there, which may take hours, it is still ``submitted``; counted as enqueued, it would keep all other work waiting."""
 UNSENT_AT_A_TIME = 20
 """How many ProviderBatches one transaction takes over: each may hold 50,000 contents."""
 
@@ -375,10 +379,15 @@ def take_over_unsent(
 
 def any_other_at_provider(conn: sa.Connection, step: Step) -> bool:
     """Whether the provider has, or may have, another ProviderBatch of ours in its queue."""
-    query = sa.text("SELECT EXISTS (SELECT FROM provider_batches WHERE state IN (:creating, :submitted) AND id <> :id)")
-    return bool(
-        conn.execute(query, {"creating": State.CREATING, "submitted": State.SUBMITTED, "id": step.id}).scalar_one()
-    )
+    query = sa.text("""
+        SELECT EXISTS (
+            SELECT FROM provider_batches
+            WHERE state IN (:creating, :submitted) AND id <> :id
+              AND (state = :submitted AND provider_status = ANY(:ended)) IS NOT TRUE
+        )
+    """)
+    parameters = {"creating": State.CREATING, "submitted": State.SUBMITTED, "ended": ENDED, "id": step.id}
+    return bool(conn.execute(query, parameters).scalar_one())
 
 
 def followed_as(conn: sa.Connection, server: str, batch_id: str) -> int | None:

@@ -12,6 +12,7 @@ from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider.provider_batches import ENDED
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
@@ -51,6 +52,7 @@ class Room:
 class EnqueuedTotals:
     """What we have at the provider or are about to send, and how many ProviderBatches were made in the last hour.
 
+    A batch that the provider has ended is not in its queue any more, although we may still look for its result files.
     ``made_in_an_hour`` includes those that are about to be made.
     """
 
@@ -73,8 +75,15 @@ def enqueued(conn: sa.Connection) -> EnqueuedTotals:
                    ) AS made
             FROM provider_batches
             WHERE state = ANY(:enqueued)
+              AND (state = :submitted AND provider_status = ANY(:ended)) IS NOT TRUE
         """),
-        {"enqueued": _ENQUEUED, "gathered": State.GATHERED, "uploaded": State.UPLOADED},
+        {
+            "enqueued": _ENQUEUED,
+            "gathered": State.GATHERED,
+            "uploaded": State.UPLOADED,
+            "submitted": State.SUBMITTED,
+            "ended": ENDED,
+        },
     ).one()
     return EnqueuedTotals(row.tokens, row.requests, row.provider_batches, row.made)
 
