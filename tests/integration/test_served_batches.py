@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,10 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import Client, InvalidInput, NotFound
+from chunkmill.errors import StoreLimit
+from chunkmill.gateway.batches import keeper as keeper_module
+from chunkmill.gateway.batches.keeper import BatchKeeper
+from chunkmill.ledger.served.batches import ServedBatch
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
 from tests.support.gateways import RunningGateway, running_gateway, tokens_of, vector_of
@@ -364,6 +369,34 @@ def test_a_batch_that_is_cancelled_before_its_job_exists_leaves_nothing(
     batch = ended(api, made.id)
     assert (batch.status, batch.request_counts.total) == ("cancelled", 0)
     assert (client.jobs(), texts(db)) == ([], set())
+
+
+def test_a_batch_that_a_limit_of_postgres_stops_says_so_once_and_goes_on_later(
+    api: openai.OpenAI, worker: BulkWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"first": "statement_timeout of this role is too low", "second": "temp_file_limit is too low"}
+    tried: Counter[int] = Counter()
+    low = True
+    own = BatchKeeper._validate
+
+    def validate(keeper: BatchKeeper, batch: ServedBatch) -> None:
+        tried[batch.id] += 1
+        if low:
+            raise StoreLimit(limits[batch.asked.metadata["name"]])
+        own(keeper, batch)
+
+    monkeypatch.setattr(BatchKeeper, "_validate", validate)
+    monkeypatch.setattr(keeper_module, "PAUSE_SECONDS", 0.01)
+    made = {name: start(api, line(name, "x"), metadata={"name": name}).id for name in limits}
+    until(lambda: len(tried) == 2 and min(tried.values()) >= 3)
+    low = False
+    assert {ended(api, batch_id).status for batch_id in made.values()} == {"completed"}
+
+    said = [record.getMessage() for record in caplog.records if "waits" in record.getMessage()]
+    assert sorted(said) == sorted(
+        f"batch {batch_id} waits, and its step is tried again every 0.01 seconds until it works: {limits[name]}"
+        for name, batch_id in made.items()
+    )
 
 
 # --- tenants ---------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from typing import Any, BinaryIO, Final
 
 from chunkmill.chunking.document import Document, paragraphs
 from chunkmill.chunking.libraries import library
 from chunkmill.chunking.running_lines import without_running_lines
+from chunkmill.system.forks import renew_in_child
 
 MAX_TEXT_LENGTH: Final = 64 * 1024 * 1024
 """The most characters of text that are taken from one file."""
@@ -18,6 +20,7 @@ _CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 _mutex = threading.Lock()
 """PDFium may be used by one thread at a time."""
+renew_in_child(sys.modules[__name__], "_mutex")
 
 
 def read_pdf(file: BinaryIO) -> Document:

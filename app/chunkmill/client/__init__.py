@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import TracebackType
 from typing import Any, overload
@@ -28,6 +29,7 @@ from chunkmill.client.searches import Searches
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.settings import Settings
+from chunkmill.system.forks import renew_in_child
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import without_passwords
 
@@ -35,6 +37,7 @@ __all__ = ["Client", "GoldenQueries"]
 
 _mutex = threading.Lock()
 """Held while it is decided which of several threads closes a client."""
+renew_in_child(sys.modules[__name__], "_mutex")
 
 
 class Client(

@@ -24,6 +24,7 @@ from redis.client import PubSub
 from chunkmill.broker import QUEUES, REFUSALS, delete_wrong_types, is_wrong_type, keys_of
 from chunkmill.messages import door
 from chunkmill.messages.door import REPLIES, Refusal
+from chunkmill.system.forks import renew_in_child
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 
@@ -63,6 +64,7 @@ class _RefusalCounter:
 
 
 REFUSED = _RefusalCounter()
+renew_in_child(REFUSED, "_mutex")
 
 
 class _TooLarge(redis.exceptions.InvalidResponse):

