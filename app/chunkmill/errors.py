@@ -10,6 +10,7 @@
     │   └── InvalidSetting      an environment variable or a setting is wrong
     ├── NotFound              the job or collection does not exist
     ├── JobFailed             the job ended with chunks that have no vector
+    │   └── JobCancelled        somebody cancelled the job, so it is not complete
     ├── WaitTimeout           the time given to `wait` or `embed` is over
     ├── SpaceMismatch         vectors of one space would have been mixed with another space
     ├── NewerSpace            only a newer release can read the space
@@ -153,6 +154,12 @@ class JobFailed(ChunkmillError):
     def __init__(self, message: str, *, job_id: int) -> None:
         self.job_id = job_id
         super().__init__(message)
+
+
+class JobCancelled(JobFailed):
+    """Somebody cancelled the job while it was waited for, or before. ``client.retry(job_id)`` continues it."""
+
+    code = "job_cancelled"
 
 
 class WaitTimeout(ChunkmillError):

@@ -25,7 +25,8 @@ from chunkmill.errors import InvalidInput
 LOOK_SECONDS = 1.0
 """How often `--wait` looks."""
 STOPPED = 3
-"""Exit code of `--wait` if it stays where it is, because a gate is not passed for example."""
+"""Exit code of `--wait` if the new space is not the active one at its end: a gate is not passed, somebody cancelled it,
+or the collection has returned, for example."""
 
 
 class Limit(click.ParamType[object]):
@@ -139,7 +140,7 @@ def reembed() -> None:
 )
 @click.option("--step-hours", type=float, default=STEP_HOURS, show_default=True, help="How long each share lasts.")
 @click.option("--keep-days", type=float, default=KEEP_DAYS, show_default=True, help="How long the way back is kept.")
-@click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped or stays.")
+@click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped (exit code 0) or stays (3).")
 @_gate_options
 @json_option
 @click.pass_obj
@@ -168,7 +169,7 @@ def start(
         if wait:
             begun = _wait(screen, client, begun)
     _show(screen, begun)
-    if wait and begun.state.is_before_flip:
+    if wait and not begun.state.is_moved:
         raise SystemExit(STOPPED)
     if not wait:
         screen.hint(f"A poller does the rest. Look with: chunkmill reembed show {begun.id}")
@@ -196,7 +197,7 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
 
 @reembed.command()
 @click.argument("which", type=ReembeddingName())
-@click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped or stays.")
+@click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped (exit code 0) or stays (3).")
 @json_option
 @click.pass_obj
 def show(screen: Screen, which: int | str, *, wait: bool) -> None:
@@ -206,7 +207,7 @@ def show(screen: Screen, which: int | str, *, wait: bool) -> None:
         if wait:
             shown = _wait(screen, client, shown)
     _show(screen, shown)
-    if wait and shown.state.is_before_flip:
+    if wait and not shown.state.is_moved:
         raise SystemExit(STOPPED)
 
 

@@ -177,9 +177,9 @@ class AsyncVerbs(RunningCalls):
         worker, its lane is stopped, no poller or no worker is connected, or Postgres is away. Without it the sentence
         is shown with the bar, or is a warning in the log, and so is :attr:`Job.notice` at the end.
 
-        Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout`, whose message ends with
-        that sentence, and :class:`NotFound`. Chunks that were refused (``on_invalid="skip"``, ``on_long="reject"``)
-        fail no job: see ``Job.dead``. A cancelled job is returned as it is.
+        Raises :class:`JobFailed` if chunks are left without a vector, :class:`JobCancelled`, which is a kind of it, if
+        somebody cancelled the job, :class:`WaitTimeout`, whose message ends with that sentence, and :class:`NotFound`.
+        Chunks that were refused (``on_invalid="skip"``, ``on_long="reject"``) fail no job: see ``Job.dead``.
         """
         return await self._wait(
             self._client._wait_steps(

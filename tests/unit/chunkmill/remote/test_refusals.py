@@ -38,8 +38,8 @@ KINDS = [
 def error_of(kind: type[ChunkmillError]) -> ChunkmillError:
     if kind is InvalidChunk:
         return InvalidChunk("the text is empty", chunk_id="c1", position=3, reason="empty_text")
-    if kind is JobFailed:
-        return JobFailed("job 3 failed", job_id=3)
+    if issubclass(kind, JobFailed):
+        return kind("job 3 failed", job_id=3)
     if kind is ProviderRefused:
         return ProviderRefused("the provider refused", status=400, provider_code="bad")
     if kind is ProviderStopped:
