@@ -15,6 +15,7 @@ from chunkmill.errors import (
     GatewayUnavailable,
     InvalidChunk,
     InvalidInput,
+    JobCancelled,
     JobFailed,
     NotFound,
     ProviderError,
@@ -61,6 +62,7 @@ def test_an_error_of_the_gateway_is_of_the_same_class_and_says_the_same(kind: ty
         ProviderRefused: ProviderError,
         ProviderStopped: ProviderError,
         InvalidChunk: InvalidInput,
+        JobCancelled: ChunkmillError,
         JobFailed: ChunkmillError,
     }
     assert type(same) is known.get(kind, kind)
