@@ -97,7 +97,8 @@ class AsyncVerbs(RunningCalls):
         and nothing deleted; an iterable without a chunk raises :class:`InvalidInput` unless ``allow_empty`` is true,
         and so does a bad chunk without a valid id. The deletions begin when the job is sealed. What any other enqueue
         adds, replaces or finds unchanged after this call began stays. ``Job.deleted`` says how many chunks were
-        deleted. If the call fails during the deletions, the same call with its ``idempotency_key`` ends them.
+        deleted. If the call fails during the deletions, the same call with its ``idempotency_key`` ends them, unless
+        another enqueue has found chunks unchanged meanwhile: then it raises :class:`InvalidInput` and deletes nothing.
 
         ``max_refused`` belongs to ``on_invalid="skip"``: if more chunks than this number, or than this share if it is a
         float below 1, are bad, :class:`TooManyRefused` is raised and nothing is written. The whole iterable is checked
