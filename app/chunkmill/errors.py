@@ -133,6 +133,12 @@ class JobFailed(ChunkmillError):
         super().__init__(message)
 
 
+class JobCancelled(JobFailed):
+    """Somebody cancelled the job while it was waited for, or before. ``client.retry(job_id)`` continues it."""
+
+    code = "job_cancelled"
+
+
 class WaitTimeout(ChunkmillError):
     """The time given to a call that waits is over."""
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from chunkmill import Chunk, Client, InvalidChunk, JobState, NotFound
 from chunkmill.broker import QUEUE, Broker
 from chunkmill.client import Client as ClientClass
-from chunkmill.errors import InvalidInput, SpaceMismatch, UnknownModel, UnknownRoute
+from chunkmill.errors import InvalidInput, JobCancelled, SpaceMismatch, UnknownModel, UnknownRoute
 from chunkmill.ledger.jobs import recover
 from chunkmill.settings import Settings
 from tests.support.waiting import PATIENCE, running, together
@@ -227,7 +227,8 @@ def test_redis_down_does_not_stop_an_enqueue(settings: Settings, db: sa.Engine, 
 def test_cancel_then_retry(client: Client, rows: Rows) -> None:
     job = client.enqueue(chunks(10), collection="docs")
     assert client.cancel(job.id).state is JobState.CANCELLED
-    assert client.wait(job.id, timeout=PATIENCE).state is JobState.CANCELLED
+    with pytest.raises(JobCancelled, match=f"job {job.id} was cancelled, so it is not complete"):
+        client.wait(job.id, timeout=PATIENCE)
     again = client.retry(job.id)
     assert (again.state, again.remaining) == (JobState.RUNNING, 10)
     assert client.retry(job.id) == again  # it runs already

@@ -25,6 +25,7 @@ from chunkmill import (
     ClientClosed,
     GatewayUnavailable,
     InvalidInput,
+    JobCancelled,
     JobFailed,
     NotFound,
     SpaceMismatch,
@@ -267,7 +268,9 @@ def test_a_wait_says_what_hinders_the_job(
 def test_a_job_is_cancelled_and_retried(scene: GatewayScene, client: Remote, name: str) -> None:
     job = client.enqueue([("a", f"cancelled {name} {client.kind}")], collection=name)
     assert client.cancel(job.id).state is JobState.CANCELLED
-    assert client.wait(job.id).state is JobState.CANCELLED
+    with pytest.raises(JobCancelled) as raised:
+        client.wait(job.id)
+    assert raised.value.job_id == job.id
     assert client.retry(job.id).state is JobState.RUNNING
     scene.embed(job.id)
     assert client.wait(job.id).state is JobState.COMPLETED

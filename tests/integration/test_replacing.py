@@ -203,6 +203,96 @@ def test_a_producer_that_died_while_it_deleted_is_completed_by_its_key(
     assert ids(producer) == names(0, 3, 20)
 
 
+KEYED: dict[str, Any] = {"collection": "docs", "replace": True, "idempotency_key": "k"}
+
+
+@pytest.fixture
+def dies(producer: Client, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Enqueue a source under the key ``k`` in a call that dies before it has deleted anything."""
+
+    def call(source: Any) -> None:
+        def die(*_: Any, **__: Any) -> int:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(store, "delete_missing", die)
+            producer.enqueue(source, **KEYED)
+
+    return call
+
+
+def test_a_call_that_is_repeated_keeps_what_jobs_of_lower_numbers_have_written_since(
+    producer: Client, client: Client, dies: Callable[[Any], None]
+) -> None:
+    """A job that is open, one that a second producer goes on with, and one that wrote while the dead call read."""
+    producer.enqueue(some(*range(6)), collection="docs")
+    producer.enqueue(some(*range(30, 33)), collection="other")
+
+    def broken() -> Iterator[object]:
+        yield from some(40)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="disk"):
+        client.enqueue(broken(), collection="docs", idempotency_key="older", on_invalid="skip")
+
+    def source() -> Iterator[object]:
+        yield from some(0)
+        client.enqueue([*some(2), ("id-03", "replaced meanwhile")], collection="docs")
+
+    def is_open() -> Iterator[object]:
+        yield from some(*range(50, 50 + 2 * client._settings.chunk_batch_size))
+        dies(source())
+        yield from some(8)
+        yield ("id-04", "replaced since")
+
+    client.enqueue(is_open(), collection="docs", on_invalid="skip")
+    client.enqueue(some(41, 42), collection="docs", idempotency_key="older")
+    job = producer.enqueue(some(0), **KEYED)
+    kept = [*names(0, 2, 3, 4, 8, 41, 42)]
+    assert ids(producer) == kept
+    assert (job.deleted, ids(producer, "other")) == (2 + 2 * client._settings.chunk_batch_size, names(30, 31, 32))
+    assert producer.enqueue(some(0), **KEYED) == job
+    assert ids(producer) == kept
+
+
+def test_a_call_that_is_repeated_deletes_nothing_if_others_have_found_chunks_unchanged_since(
+    producer: Client, client: Client, dies: Callable[[Any], None]
+) -> None:
+    producer.enqueue(some(*range(6)), collection="docs")
+    producer.enqueue(some(*range(3)), collection="other")
+    producer.enqueue(some(5), collection="docs")  # before, which hinders nobody
+    dies(some(0))
+    producer.enqueue(some(1), collection="other")  # elsewhere, which hinders nobody either
+    client.enqueue(some(2), collection="docs")
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match=r"key 'k' belongs to job \d+.*nothing more was deleted.*another key"):
+            producer.enqueue(some(0), **KEYED)
+    assert ids(producer) == names(*range(6))
+    assert producer.enqueue(some(0, 2), **KEYED | {"idempotency_key": "l"}).deleted == 4
+    assert ids(producer) == names(0, 2)
+
+
+def test_a_call_that_is_repeated_in_a_restored_database_deletes_nothing(
+    producer: Client, hands: Hands, dies: Callable[[Any], None]
+) -> None:
+    """The rows are those of another transaction there, and none has the number that the fence means."""
+    producer.enqueue(some(*range(6)), collection="docs")
+    dies(some(0))
+    hands.rows("UPDATE job_streams SET n_new = n_new RETURNING 1")
+    with pytest.raises(InvalidInput, match="nothing more was deleted"):
+        producer.enqueue(some(0), **KEYED)
+    assert ids(producer) == names(*range(6))
+
+
+def test_a_key_that_has_deleted_nothing_begins_no_deletion(producer: Client) -> None:
+    """Its first call was not asked to replace, so nobody knows what was there before it."""
+    producer.enqueue(some(*range(4)), collection="docs")
+    producer.enqueue(some(0), collection="docs", idempotency_key="k")
+    with pytest.raises(InvalidInput, match="nothing more was deleted"):
+        producer.enqueue(some(0), **KEYED)
+    assert ids(producer) == names(*range(4))
+
+
 def test_a_job_that_is_cancelled_before_its_end_deletes_nothing(
     producer: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,8 +124,8 @@ def enqueue(
                 _drop_producer_locks(conn, [job.id, *beside.locked])
         elif job.is_sealed:
             _require_same_stream(conn, request, job, prepared)
-            if replacement is not None and not _has_deleted(conn, job):
-                replacement.delete(job.id)
+            if replacement is not None:
+                _end_deletions(conn, request, job, replacement)
         return job.id
 
 
@@ -157,11 +157,24 @@ def _require_whole(request: EnqueueRequest, source: Spool) -> None:
         )
 
 
-def _has_deleted(conn: sa.Connection, job: jobs.OpenedJob) -> bool:
-    """Whether the deletions of the job have come to their end before."""
+def _end_deletions(conn: sa.Connection, request: EnqueueRequest, job: jobs.OpenedJob, replacement: Replacement) -> None:
+    """Delete what a call with the same key that died has left, and no chunk that anybody has named since it began.
+
+    Raises :class:`InvalidInput` if that is not known of each chunk.
+    """
     with conn.begin():
-        merged = streams.counts_of(conn, [job.id]).get(job.id)
-    return merged is not None and merged.deleted is not None
+        deletions = streams.deletions_of(conn, job.id)
+        is_known = deletions.fence is not None and not streams.were_named_since(conn, job.id)
+    if deletions.are_done:
+        return
+    if not is_known or deletions.fence is None:
+        raise InvalidInput(
+            f"idempotency_key {request.idempotency_key!r} belongs to job {job.id}, whose chunks are all enqueued, but "
+            "which has not deleted all that its source does not have. It is not known which of those chunks others have "
+            "enqueued since, so nothing more was deleted. Read the source again, and enqueue it with another key: that "
+            "deletes what it does not have now."
+        )
+    replace(replacement, fence=deletions.fence).delete(job.id)
 
 
 def _require_same_stream(
@@ -332,7 +345,8 @@ class _Producer:
         with self.conn.begin():
             is_sealed = jobs.seal_if_enqueueing(self.conn, self.job.id)
             if kept.counts:
-                streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
+                fence = None if self.replacement is None else self.replacement.fence
+                streams.seal(self.conn, self.job.id, None if digest is None else digest.digest(), fence)
         self.beside.seal()
         if is_sealed and self.replacement is not None:
             self.replacement.delete(self.job.id)

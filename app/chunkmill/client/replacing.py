@@ -62,8 +62,9 @@ class Replacement:
     def delete(self, job_id: int) -> None:
         """Delete the chunks, a slice at a time, and note with the job how many they were.
 
-        The source was read to its end, and the job that has what it holds is sealed. What a later job has written
-        stays in any case: this call may end what another one with the same idempotency key had begun.
+        The source was read to its end, and the job that has what it holds is sealed. A call that ends what another one
+        with the same idempotency key had begun goes by the fence of that one. What a later job has written stays in
+        any case.
         """
         n = 0
         with self.conn.begin():

@@ -469,7 +469,8 @@ class JobTraceRow(Base):
 
 class JobStreamRow(Base):
     """What a job's producer handed in. ``digest`` is that of the whole stream (``chunkmill.domain.chunks``), written
-    when it has ended, and only if the job has a key. The counts are those of ``chunkmill.domain.planning.Merged``.
+    when it has ended, and only if the job has a key. Until a replacing job has deleted all, more stands behind it (see
+    ``chunkmill.ledger.jobs.streams``). The counts are those of ``chunkmill.domain.planning.Merged``.
     """
 
     __tablename__ = "job_streams"

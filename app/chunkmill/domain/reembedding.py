@@ -61,6 +61,11 @@ class ReembeddingState(StrEnum):
         state = ReembeddingState
         return self in (state.PLANNED, state.FILLING, state.INDEXING, state.JUDGING, state.RAMPING)
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether the new space is the active one."""
+        return self in (ReembeddingState.FLIPPED, ReembeddingState.FINISHED)
+
 
 RAMP = (10, 25, 50, 90, 100)
 """The share of the search sessions, in percent, that the new space answers in each step, if nothing else is said."""

@@ -12,7 +12,7 @@ from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import PrintedResult, Rows
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
-from chunkmill.errors import JobFailed, ProviderBusy, ProviderSilent, ProviderStopped, elsewhere_codes
+from chunkmill.errors import JobCancelled, JobFailed, ProviderBusy, ProviderSilent, ProviderStopped, elsewhere_codes
 
 if TYPE_CHECKING:
     from chunkmill.domain.tables import Table
@@ -92,6 +92,14 @@ class Job(PrintedResult):
         return (self.cached + self.embedded) / self.contents if self.contents else 0.0
 
     @property
+    def undone(self) -> int:
+        """How many texts a failed or cancelled job has left without a vector. They are not ``remaining``: nobody works
+        on them until the job is retried.
+        """
+        is_left = self.state in (JobState.CANCELLED, JobState.FAILED)
+        return max(0, self.contents - self.cached - self.embedded) if is_left else 0
+
+    @property
     def notice(self) -> str | None:
         """How many texts were cut, and what to do about it, in a sentence or two; None if none was cut."""
         if not self.truncated:
@@ -106,10 +114,23 @@ class Job(PrintedResult):
 
 
 def require_not_failed(job: Job) -> None:
-    """Raise :class:`JobFailed`, with the first dead chunks, if a job that was waited for has failed."""
+    """Raise :class:`JobFailed`, with the first dead chunks, if a job that was waited for has failed, and
+    :class:`JobCancelled` if it was cancelled: whoever waits for a job goes on as if its collection were complete.
+    """
+    if job.state is JobState.CANCELLED:
+        raise JobCancelled(cancelled(job), job_id=job.id)
     if job.state is JobState.FAILED:
         shown = "; ".join(f"{dead.chunk_id!r}: {dead.reason}" for dead in job.dead_chunks[:3])
         raise JobFailed(f"job {job.id} failed: {job.error} {shown}".rstrip(), job_id=job.id)
+
+
+def cancelled(job: Job) -> str:
+    """What is said of a cancelled job that somebody waited for."""
+    left = f": it left {job.undone:,} of {job.contents:,} texts without a vector" if job.undone else ""
+    return (
+        f"job {job.id} was cancelled, so it is not complete{left}. To continue it: `chunkmill retry {job.id}`, or "
+        "`retry` of the client."
+    )
 
 
 def still_open(job: Job, seconds: float) -> str:

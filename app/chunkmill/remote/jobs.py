@@ -171,7 +171,8 @@ class Jobs(RemoteCalls):
         waited for. ``on_hindrance`` gets a sentence when something hinders the job that does not pass by waiting
         (:attr:`Job.hindrance`); without it the sentence stands under the bar, or is a warning in the log, and so is
         :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left
-        without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        without a vector, :class:`JobCancelled`, which is a kind of it, if somebody cancelled the job,
+        :class:`WaitTimeout` and :class:`NotFound`.
         """
         as_number("job_id", job_id)
         as_function("on_progress", on_progress)

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from chunkmill import errors
@@ -16,6 +17,7 @@ from chunkmill.errors import (
     GatewayUnavailable,
     InvalidChunk,
     InvalidInput,
+    JobCancelled,
     JobFailed,
     NotFound,
     ProviderError,
@@ -152,12 +154,13 @@ def _invalid_chunk(message: str, said: Mapping[str, Any]) -> ChunkmillError:
     return error
 
 
-def _job_failed(message: str, said: Mapping[str, Any]) -> ChunkmillError:
+def _job_failed(kind: type[JobFailed], message: str, said: Mapping[str, Any]) -> ChunkmillError:
     job_id = said.get("job_id")
-    return JobFailed(message, job_id=job_id) if isinstance(job_id, int) else ChunkmillError(message)
+    return kind(message, job_id=job_id) if isinstance(job_id, int) else ChunkmillError(message)
 
 
 _MADE: dict[str, Callable[[str, Mapping[str, Any]], ChunkmillError]] = {
     InvalidChunk.code: _invalid_chunk,
-    JobFailed.code: _job_failed,
+    JobFailed.code: partial(_job_failed, JobFailed),
+    JobCancelled.code: partial(_job_failed, JobCancelled),
 }

@@ -25,7 +25,8 @@ from chunkmill.errors import InvalidInput
 LOOK_SECONDS = 1.0
 """How often `--wait` looks."""
 STOPPED = 3
-"""Exit code of `--wait` if it stays where it is, because a gate is not passed for example."""
+"""Exit code of `--wait` if the new space is not the active one at its end: a gate is not passed, somebody cancelled it,
+or the collection has returned, for example."""
 
 
 class Limit(click.ParamType[object]):
@@ -157,7 +158,9 @@ def reembed() -> None:
 @click.option(
     "--keep-days", type=float, default=KEEP_DAYS, show_default=True, help="How many days a rollback stays possible."
 )
-@click.option("--wait", is_flag=True, help="Show the progress until the flip, or until somebody has to act.")
+@click.option(
+    "--wait", is_flag=True, help="Show the progress until the flip (exit code 0), or until somebody has to act (3)."
+)
 @_gate_options
 @json_option
 @click.pass_obj
@@ -186,7 +189,7 @@ def start(
         if wait:
             begun = _wait(screen, client, begun)
     _show(screen, begun)
-    if wait and begun.state.is_before_flip:
+    if wait and not begun.state.is_moved:
         raise SystemExit(STOPPED)
     if not wait:
         screen.hint(f"A poller does the rest. Look with: chunkmill reembed show {begun.id}")
@@ -216,7 +219,9 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
 
 @reembed.command()
 @click.argument("which", type=ReembeddingName())
-@click.option("--wait", is_flag=True, help="Show the progress until the flip, or until somebody has to act.")
+@click.option(
+    "--wait", is_flag=True, help="Show the progress until the flip (exit code 0), or until somebody has to act (3)."
+)
 @json_option
 @click.pass_obj
 def show(screen: Screen, which: int | str, *, wait: bool) -> None:
@@ -226,7 +231,7 @@ def show(screen: Screen, which: int | str, *, wait: bool) -> None:
         if wait:
             shown = _wait(screen, client, shown)
     _show(screen, shown)
-    if wait and shown.state.is_before_flip:
+    if wait and not shown.state.is_moved:
         raise SystemExit(STOPPED)
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import click
 
 from chunkmill.cli.jobs.attempts import moment
-from chunkmill.cli.jobs.jobs import JOB_FAILED, job_fields, waited
+from chunkmill.cli.jobs.jobs import job_fields, require_all_complete, waited
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, beginning, count, json_option
 from chunkmill.domain.results import DeadDetails, DeadEntry, Job
-from chunkmill.domain.states import JobState
-from chunkmill.errors import InvalidInput, JobFailed
+from chunkmill.errors import InvalidInput
 
 NARROWEST = 20
 """Width in columns that a reason gets even if the other columns fill the line."""
@@ -86,7 +85,7 @@ def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | 
     """Embed the texts of dead chunks again, each in its job. Nothing else of the job is repeated.
 
     Name the dead chunks by ID, or choose them with --job, --code or both. With --wait, it exits with 4 if one of the
-    jobs fails.
+    jobs fails or is cancelled.
     """
     which = _which(ids, job_id, code)
     with Client.from_env() as client:
@@ -106,10 +105,8 @@ def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | 
         screen.document(asdict(retried) | {"jobs": [job_fields(job) for job in after]})
     else:
         _show_jobs(screen, after)
-    if wait and (failed := [job for job in after if job.state is JobState.FAILED]):
-        for job in failed:
-            screen.error(JobFailed.code, f"job {job.id} failed: {job.error}")
-        raise SystemExit(JOB_FAILED)
+    if wait:
+        require_all_complete(screen, after)
 
 
 @dead.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -27,14 +27,14 @@ from chunkmill.cli.paid.lanes import lane_fields, show_explanation
 from chunkmill.cli.progress import PACE_SECONDS, Bar, rates
 from chunkmill.domain.chunks import prepare
 from chunkmill.domain.reasons import printable
-from chunkmill.domain.results import Job
+from chunkmill.domain.results import Job, cancelled
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed, TooManyRefused
+from chunkmill.errors import InvalidChunk, InvalidInput, JobCancelled, JobFailed, TooManyRefused
 from chunkmill.telemetry.pace import Pace
 
 JOB_FAILED = 4
-"""Exit code for a job that ended with chunks that have no vector."""
+"""Exit code for a job that ended with chunks that have no vector, because it failed or was cancelled."""
 TOO_MANY_REFUSED = 5
 """Exit code for a job that has more dead chunks than --max-refused allows."""
 
@@ -233,6 +233,8 @@ def enqueue(
     With --chunk, documents are cut into chunks: .txt, .md, .html, .pdf and source files, in a folder or named by
     themselves, and also with .gz. The texts of records are cut too.
     Files are read record by record, so they may be of any size.
+    With --wait, 0 means that the job is complete. It exits with 4 if the job failed or was cancelled, and with 5 if
+    more chunks are dead than --max-refused allows.
     """
     fields = Fields(id_field, text_field, split_names(metadata_fields) or None)
     form = Form(kind, encoding and encoding_named(encoding), as_delimiter(delimiter), typed, prefix_ids)
@@ -332,7 +334,10 @@ def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | 
 def job(
     screen: Screen, job_id: int, dead: bool, attempts: bool, explain: bool, wait: bool, max_refused: float | None
 ) -> None:
-    """Show one job: its state, its counts and its dead chunks. Exits with 4 if the job failed."""
+    """Show one job: its state, its counts and its dead chunks.
+
+    Exits with 4 if the job failed or was cancelled. With --wait, 0 means that it is complete.
+    """
     with Client.from_env() as client:
         current = client.job(job_id)
         ended = finish(screen, client, current, wait=wait, dead=dead, attempts=attempts, explain=explain)
@@ -355,7 +360,10 @@ def cancel(screen: Screen, job_id: int) -> None:
 @json_option
 @click.pass_obj
 def retry(screen: Screen, job_id: int, wait: bool) -> None:
-    """Embed what a failed or cancelled job left without a vector."""
+    """Embed what a failed or cancelled job left without a vector.
+
+    With --wait, 0 means that the job is complete. It exits with 4 if the job fails or is cancelled again.
+    """
     with Client.from_env() as client:
         finish(screen, client, client.retry(job_id), wait=wait)
 
@@ -370,16 +378,25 @@ def finish(
     attempts: bool = False,
     explain: bool = False,
 ) -> Job:
-    """Wait for the job if asked, show it, and exit with 4 if it failed. Returns the job."""
+    """Wait for the job if asked, show it, and exit with 4 if it failed or was cancelled. Returns the job."""
     if wait:
         job = waited(screen, client, job)
     if dead:
         job = replace(job, dead_chunks=tuple(client.dead_chunks(job.id)))
     show_job(screen, client, job, dead=dead, attempts=attempts, explain=explain)
-    if job.state is JobState.FAILED:
-        screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
-        raise SystemExit(JOB_FAILED)
+    require_all_complete(screen, [job])
     return job
+
+
+def require_all_complete(screen: Screen, jobs: Sequence[Job]) -> None:
+    """Exit with 4 if one of the jobs failed or was cancelled, and say of each why. A job that is open is neither."""
+    for job in jobs:
+        if job.state is JobState.FAILED:
+            screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
+        elif job.state is JobState.CANCELLED:
+            screen.error(JobCancelled.code, cancelled(job))
+    if any(job.state in (JobState.FAILED, JobState.CANCELLED) for job in jobs):
+        raise SystemExit(JOB_FAILED)
 
 
 def require_few_dead(screen: Screen, job: Job, most: float | None) -> None:
@@ -397,7 +414,7 @@ def require_few_dead(screen: Screen, job: Job, most: float | None) -> None:
 
 
 def waited(screen: Screen, client: Client, job: Job) -> Job:
-    """Wait for the job's end, and return the job, whether it failed or not."""
+    """Wait for the job's end, and return the job, however it ended."""
     if job.state.is_final:
         return job
     try:
@@ -477,8 +494,8 @@ def show_job(
         screen.hint(job.notice)
     if not job.state.is_final:
         screen.hint(f"To follow it: chunkmill job {job.id} --wait")
-    elif undone := _undone(job):
-        screen.hint(f"To embed the {count(undone, 'text')} without a vector: chunkmill retry {job.id}")
+    elif job.undone:
+        screen.hint(f"To embed the {count(job.undone, 'text')} without a vector: chunkmill retry {job.id}")
 
 
 def _cutter(
@@ -536,14 +553,8 @@ def _placed(item: object, place: str, position: int) -> object:
         )
 
 
-def _undone(job: Job) -> int:
-    """How many texts an ended job has left without a vector. Nothing of it remains to be done, until it is retried."""
-    is_left = job.state in (JobState.CANCELLED, JobState.FAILED)
-    return max(0, job.contents - job.cached - job.embedded) if is_left else 0
-
-
 def _left(job: Job) -> str:
-    return f"{_undone(job):,} left without a vector" if _undone(job) else f"{job.remaining:,} to go"
+    return f"{job.undone:,} left without a vector" if job.undone else f"{job.remaining:,} to go"
 
 
 def _stored(job: Job) -> str | None:

@@ -97,7 +97,8 @@ class AsyncVerbs(RunningCalls):
         and nothing deleted; an iterable without a chunk raises :class:`InvalidInput` unless ``allow_empty`` is true,
         and so does a bad chunk without a valid id. The deletions begin when the job is sealed. What any other enqueue
         adds, replaces or finds unchanged after this call began stays. ``Job.deleted`` says how many chunks were
-        deleted. If the call fails during the deletions, the same call with its ``idempotency_key`` ends them.
+        deleted. If the call fails during the deletions, the same call with its ``idempotency_key`` ends them, unless
+        another enqueue has found chunks unchanged meanwhile: then it raises :class:`InvalidInput` and deletes nothing.
 
         ``max_refused`` belongs to ``on_invalid="skip"``: if more chunks than this number, or than this share if it is a
         float below 1, are bad, :class:`TooManyRefused` is raised and nothing is written. The whole iterable is checked
@@ -177,9 +178,9 @@ class AsyncVerbs(RunningCalls):
         worker, its lane is stopped, no poller or no worker is connected, or Postgres is away. Without it the sentence
         is shown with the bar, or is a warning in the log, and so is :attr:`Job.notice` at the end.
 
-        Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout`, whose message ends with
-        that sentence, and :class:`NotFound`. Chunks that were refused (``on_invalid="skip"``, ``on_long="reject"``)
-        fail no job: see ``Job.dead``. A cancelled job is returned as it is.
+        Raises :class:`JobFailed` if chunks are left without a vector, :class:`JobCancelled`, which is a kind of it, if
+        somebody cancelled the job, :class:`WaitTimeout`, whose message ends with that sentence, and :class:`NotFound`.
+        Chunks that were refused (``on_invalid="skip"``, ``on_long="reject"``) fail no job: see ``Job.dead``.
         """
         return await self._wait(
             self._client._wait_steps(

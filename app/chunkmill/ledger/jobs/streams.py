@@ -13,6 +13,8 @@ import sqlalchemy as sa
 from chunkmill.domain.planning import MergeCounts
 from chunkmill.errors import StoreUnavailable
 
+DIGEST_BYTES = 32
+
 _ADD = sa.text("""
 INSERT INTO job_streams (job_id, n_new, n_replaced, n_unchanged, n_repeated, n_refused)
 VALUES (:job_id, :new, :replaced, :unchanged, :repeated, :refused)
@@ -32,15 +34,41 @@ SET n_new = job_streams.n_new + excluded.n_new,
     n_unchanged = job_streams.n_unchanged + excluded.n_unchanged,
     n_repeated = job_streams.n_repeated + excluded.n_repeated
 """)
+# Until its deletions have ended, the fence of a replacing job stands behind the digest, and behind the fence the number
+# of this transaction. Code that does not know of it finds another digest, and refuses to go on.
 _SEAL = sa.text("""
 INSERT INTO job_streams (job_id, digest)
-VALUES (:job_id, :digest)
+VALUES (
+    :job_id,
+    CAST(:digest AS bytea) || coalesce(
+        int8send(CAST(:fence AS bigint)) || int8send(CAST(CAST(pg_current_xact_id() AS text) AS bigint)), ''
+    )
+)
 ON CONFLICT (job_id) DO UPDATE SET digest = excluded.digest
 """)
 _ADD_DELETED = sa.text("""
 INSERT INTO job_streams (job_id, n_deleted)
 VALUES (:job_id, :deleted)
-ON CONFLICT (job_id) DO UPDATE SET n_deleted = coalesce(job_streams.n_deleted, 0) + excluded.n_deleted
+ON CONFLICT (job_id) DO UPDATE
+SET n_deleted = coalesce(job_streams.n_deleted, 0) + excluded.n_deleted,
+    digest = substr(job_streams.digest, 1, :digest_bytes)
+""")
+# In a restored database another transaction has written the row, and the fence means nothing.
+_DELETIONS = sa.text("""
+SELECT n_deleted IS NOT NULL AS are_done,
+       substr(digest, :digest_bytes + 1) AS behind,
+       CAST(CAST(xmin AS text) AS bigint) AS written_by
+FROM job_streams
+WHERE job_id = :id
+""")
+_NAMED_SINCE = sa.text("""
+SELECT EXISTS (
+    SELECT FROM jobs o
+    JOIN jobs mine ON mine.id = :id AND mine.collection_id = o.collection_id AND mine.id <> o.id
+    LEFT JOIN job_streams s ON s.job_id = o.id
+    WHERE coalesce(o.sealed_at, o.finished_at, 'infinity') >= mine.sealed_at
+      AND coalesce(s.n_unchanged, o.n_chunks) > 0
+)
 """)
 # Migration 0028 added two of the counts, so they are read in this way.
 _COUNTS = sa.text("""
@@ -107,12 +135,38 @@ def add(conn: sa.Connection, job_id: int, merged: MergeCounts, kept: StreamColum
 
 def add_deleted(conn: sa.Connection, job_id: int, n: int) -> None:
     """Note that all was deleted that the source does not have, and how many chunks that were."""
-    conn.execute(_ADD_DELETED, {"job_id": job_id, "deleted": n})
+    conn.execute(_ADD_DELETED, {"job_id": job_id, "deleted": n, "digest_bytes": DIGEST_BYTES})
 
 
-def seal(conn: sa.Connection, job_id: int, digest: bytes | None) -> None:
-    """Keep the digest of the stream that has ended; None without a key, by which nobody would compare it."""
-    conn.execute(_SEAL, {"job_id": job_id, "digest": digest})
+def seal(conn: sa.Connection, job_id: int, digest: bytes | None, fence: int | None = None) -> None:
+    """Keep the digest of the stream that has ended; None without a key, by which nobody would compare it. With it comes
+    the fence of what the job is going to delete (:mod:`chunkmill.store.replacing`).
+    """
+    conn.execute(_SEAL, {"job_id": job_id, "digest": digest, "fence": fence})
+
+
+@dataclass(frozen=True, slots=True)
+class Deletions:
+    """How far the deletions of a sealed job are. Without a ``fence`` nobody knows any more what was there before it."""
+
+    are_done: bool
+    fence: int | None
+
+
+def deletions_of(conn: sa.Connection, job_id: int) -> Deletions:
+    """How far a job has come with deleting what its source does not have."""
+    row = conn.execute(_DELETIONS, {"id": job_id, "digest_bytes": DIGEST_BYTES}).one_or_none()
+    if row is None or row.are_done or not row.behind:
+        return Deletions(row is not None and row.are_done, None)
+    fence, sealed_by = (int.from_bytes(row.behind[n : n + 8]) for n in (0, 8))
+    return Deletions(False, fence if sealed_by % 2**32 == row.written_by else None)
+
+
+def were_named_since(conn: sa.Connection, job_id: int) -> bool:
+    """Whether another job may have found chunks of the collection unchanged since this job was sealed. Nothing in the
+    chunks tells that, because then nobody watched the collection.
+    """
+    return bool(conn.execute(_NAMED_SINCE, {"id": job_id}).scalar_one())
 
 
 def forget(conn: sa.Connection, job_id: int) -> None:
@@ -125,8 +179,9 @@ def digest_of(conn: sa.Connection, job_id: int) -> bytes | None:
     """The digest of the stream that sealed the job; None if it is not known."""
     if not is_kept(conn):
         return None
-    query = "SELECT digest FROM job_streams WHERE job_id = :id"
-    digest: bytes | None = conn.execute(sa.text(query), {"id": job_id}).scalar_one_or_none()
+    query = "SELECT substr(digest, 1, :digest_bytes) FROM job_streams WHERE job_id = :id"
+    parameters = {"id": job_id, "digest_bytes": DIGEST_BYTES}
+    digest: bytes | None = conn.execute(sa.text(query), parameters).scalar_one_or_none()
     return digest
 
 

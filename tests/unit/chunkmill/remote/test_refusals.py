@@ -15,6 +15,7 @@ from chunkmill.errors import (
     GatewayUnavailable,
     InvalidChunk,
     InvalidInput,
+    JobCancelled,
     JobFailed,
     NotFound,
     ProviderError,
@@ -38,8 +39,8 @@ KINDS = [
 def error_of(kind: type[ChunkmillError]) -> ChunkmillError:
     if kind is InvalidChunk:
         return InvalidChunk("the text is empty", chunk_id="c1", position=3, reason="empty_text")
-    if kind is JobFailed:
-        return JobFailed("job 3 failed", job_id=3)
+    if issubclass(kind, JobFailed):
+        return kind("job 3 failed", job_id=3)
     if kind is ProviderRefused:
         return ProviderRefused("the provider refused", status=400, provider_code="bad")
     if kind is ProviderStopped:
@@ -61,6 +62,7 @@ def test_an_error_of_the_gateway_is_of_the_same_class_and_says_the_same(kind: ty
         ProviderRefused: ProviderError,
         ProviderStopped: ProviderError,
         InvalidChunk: InvalidInput,
+        JobCancelled: ChunkmillError,
         JobFailed: ChunkmillError,
     }
     assert type(same) is known.get(kind, kind)
