@@ -248,7 +248,7 @@ def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) 
 @json_option
 @click.pass_obj
 def rollback(screen: Screen, which: int | str, missing: int | None, timeout: float) -> None:
-    """Make the space active again that the collection left."""
+    """Go back to the space that the collection left."""
     with Client.from_env() as client:
         back = client.rollback(which, missing=missing, timeout=timeout)
     _show(screen, back)
@@ -293,7 +293,7 @@ def cancel(screen: Screen, which: int | str) -> None:
 @json_option
 @click.pass_obj
 def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
-    """Drop the space that the collection left now. There is no way back after that."""
+    """Drop the old space now. There is no way back after that."""
     with Client.from_env() as client:
         shown = client.reembedding(which)
         if not yes:
