@@ -536,6 +536,13 @@ def test_ctrl_c_leaves_the_job_going_and_exits_with_130(empty_database: None, do
     assert "Traceback" not in seen
 
 
+def test_a_dry_run_does_not_say_that_it_stores(processes: object, docs: Path) -> None:
+    _, seen = on_a_terminal("enqueue", str(docs), "-c", "rehearsed", "--dry-run")
+    assert ("counting 3 chunks" in seen, "storing" in seen) == (True, False)
+    _, seen = on_a_terminal("enqueue", str(docs), "-c", "in_earnest", "--wait")
+    assert ("storing 3 chunks" in seen, "counting" in seen) == (True, False)
+
+
 def test_the_demo_does_it_all_and_leaves_nothing(home: Path) -> None:
     folder = home / "demo"
     done = process("demo", "--limit", "60", "--home", str(folder), "--json")
@@ -547,3 +554,17 @@ def test_the_demo_does_it_all_and_leaves_nothing(home: Path) -> None:
     assert len(facts["searches"]) == 4
     assert all(search["hits"] for search in facts["searches"])
     assert not folder.exists()
+
+
+def test_the_readme_shows_what_the_demo_prints(home: Path) -> None:
+    done = process("demo", "--limit", "60", "--home", str(home / "shown"))
+    assert done.returncode == 0, done.stderr
+    assert steps(done.stdout) == steps((CHECKOUT / "README.md").read_text())
+    assert "longer than the model reads" not in done.stderr, "a warning stands between the steps"
+
+
+def steps(text: str) -> list[str]:
+    """The lines with a check mark, without their numbers, times and what only root is told."""
+    shown = [re.split(" {2,}", line)[0] for line in text.splitlines() if line.startswith("✓ ")]
+    shown = [line.partition(", but for the system user")[0].rstrip(".") for line in shown]
+    return [re.sub(r"[0-9][0-9,.]*\b", "#", line) for line in shown]

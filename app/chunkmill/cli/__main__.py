@@ -50,7 +50,7 @@ SECTIONS = {
         "collections": ("collections.collections", "List the collections; drop, rename or alias one."),
         "search": ("collections.search", "Find the chunks nearest to a query."),
         "audit": ("collections.search", "Check that every chunk of a collection has its vector."),
-        "index": ("collections.search", "Build the HNSW index of a collection's space."),
+        "index": ("collections.search", "Build a collection's serving index now."),
         "keywords": ("collections.hybrid", "Show, create or drop the keywords of a collection."),
         "golden": ("collections.hybrid", "Judge and tune searches by queries with known answers."),
         "compare": ("collections.compare", "Judge a model on a collection's own texts and queries."),

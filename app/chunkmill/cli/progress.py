@@ -87,10 +87,10 @@ class Bar:
             self._progress.console.print(Text(shown(said), "yellow"))
 
     def stage(self, what: str) -> None:
-        """Continue under another name, with a total that is not known."""
+        """Continue under another name. What was counted under the last one is gone, and the total is not known."""
         self._what = what
         if self._progress:
-            self._progress.update(self._task, description=shown(what), total=None)
+            self._progress.update(self._task, description=shown(what), completed=0, total=None, numbers="")
 
 
 def rates(pace: Pace, done: int, left: int, tokens: int) -> dict[str, float]:

@@ -128,7 +128,11 @@ def judge(
             if not recalls:
                 unmeasured["recall"] = str(error)
         if not times[1]:
-            unmeasured.setdefault("p95", "There is no golden query that could be timed.")
+            unmeasured.setdefault(
+                "p95",
+                "No search could be timed, because the collection has no golden queries. Make some with "
+                "`chunkmill golden titles`, or go without this gate: `--p95-ratio off`.",
+            )
         if not recalls:
             unmeasured.setdefault("recall", "The new space has no vector that could be searched for.")
     result = CollectionMeasurement(

@@ -259,10 +259,12 @@ def enqueue(
             try:
                 if dry_run:
                     del options["priority"], options["idempotency_key"]
-                    estimate = client.estimate(_counted(reader, bar), on_invalid=on_invalid, replace=replace, **options)
+                    estimate = client.estimate(
+                        _counted(reader, bar, "counting"), on_invalid=on_invalid, replace=replace, **options
+                    )
                 else:
                     job = client.enqueue(
-                        _counted(reader, bar),
+                        _counted(reader, bar, "storing"),
                         on_invalid=on_invalid,
                         replace=replace,
                         allow_empty=allow_empty,
@@ -526,7 +528,8 @@ def _row(job: Job) -> list[object]:
     ]
 
 
-def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
+def _counted(reader: Reader, bar: Bar, then: str) -> Iterator[object]:
+    """The chunks, while ``bar`` counts them; ``then`` says what is done with them when all are read."""
     pace = Pace(PACE_SECONDS)
     number = 0
     for number, chunk in enumerate(reader, 1):
@@ -534,7 +537,7 @@ def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
         if number % 64 == 0:
             (per_s,) = pace.add(time.monotonic(), number)
             bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
-    bar.stage(f"storing {count(number, 'chunk')}")
+    bar.stage(f"{then} {count(number, 'chunk')}")
 
 
 def _placed(item: object, place: str, position: int) -> object:

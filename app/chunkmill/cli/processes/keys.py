@@ -122,8 +122,9 @@ def list_(screen: Screen) -> None:
     elif not listed:
         screen.say("No key has been created. Create one: chunkmill keys create NAME")
     else:
-        heads = ["id", "begins", "name", "tenant", "state", "scopes", "models", "collections", "limits", "last used"]
-        screen.table([*heads, "requests", "tokens", "USD", "reserved"], [_row(key, used, now) for key, used in listed])
+        heads = ["id", "key begins", "name", "tenant", "state", "scopes", "models", "collections", "limits"]
+        uses = ["last used", "requests", "tokens", "USD", "reserved"]
+        screen.table([*heads, *uses], [_row(key, used, now) for key, used in listed])
 
 
 @keys.command()

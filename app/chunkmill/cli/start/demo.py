@@ -26,7 +26,6 @@ from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
 from chunkmill.cli.start.corpus import some_stdlib_docstrings, stdlib_docstrings
 from chunkmill.domain.chunks import Chunk
-from chunkmill.domain.results import Job
 from chunkmill.domain.shown import shown
 from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.system.python import module_command
@@ -146,12 +145,14 @@ class _Run:
                 f"{count(job.embedded, 'text')} embedded, {job.tokens:,} tokens: "
                 f"{job.embedded / seconds:,.0f} texts/s, {job.tokens / seconds:,.0f} tokens/s"
             )
+            if job.truncated:
+                said.append(f"{job.truncated:,} of them are longer than the model reads, and marked with (cut) below")
         self.results["job"] = job_fields(job) | {"seconds": round(seconds, 3)}
 
     def _enqueue_again(self, client: Client, chunks: list[Chunk]) -> None:
         began = time.monotonic()
         with self._step("enqueueing again") as said:
-            job: Job = client.wait(client.enqueue(chunks, collection=COLLECTION).id)
+            job = follow(self.screen, client, client.enqueue(chunks, collection=COLLECTION).id)
             said.append(f"the same chunks again: {job.cached:,} texts from the cache, {job.embedded:,} embedded")
         self.results["again"] = job_fields(job) | {"seconds": round(time.monotonic() - began, 3)}
 

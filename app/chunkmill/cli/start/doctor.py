@@ -171,7 +171,7 @@ def provider_checks() -> Iterator[Check]:
         except InvalidSetting as error:
             problems.append(f"{model.name}: {error}")
     server = urlsplit(settings.openai_base_url or DEFAULT_BASE_URL).netloc
-    state = f"{server}, {count(len(described), 'described model')}"
+    state = f"{server}; {count(len(described), 'model')} in OPENAI_MODELS"
     yield Check("paid routes", "warn" if problems else "ok", state, " ".join(problems))
 
 

@@ -60,7 +60,7 @@ def fields(view: View, at: float) -> dict[str, object]:
         "lanes": _lane_fields(snapshot, totals) if snapshot else None,
         "rates": asdict(rates(snapshot.workers)) if snapshot else None,
         "workers": [_worker_fields(worker) for worker in snapshot.workers] if snapshot else None,
-        "pollers": snapshot.connections.pollers if snapshot else None,
+        "poller_connections": snapshot.connections.pollers if snapshot else None,
         "cache_hit_rate": totals.cache_hits if totals else None,
         "jobs": totals.jobs if totals else None,
         "open_jobs": [asdict(job) | _eta(view, job.id) for job in totals.open_jobs] if totals else None,

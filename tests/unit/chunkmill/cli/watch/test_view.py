@@ -34,7 +34,7 @@ SNAPSHOT = Snapshot(
         Lane(Route.OPENAI_SYNC),
     ],
     workers=[WORKER],
-    connections=Connections(workers=2, provider_workers=0, pollers=1),
+    connections=Connections(workers=2, provider_workers=0, pollers=4),
     money=Money(Decimal("1.25"), Decimal(80), Decimal(5), Decimal(100)),
     recent={"died": 1, "failed": 0, "discarded": 0},
     faults=[Fault(AT, "died", "h:9: ChunkBatch 4 of job 3: ended by SIGSEGV\x1b[2J")],
@@ -90,6 +90,8 @@ def test_json_says_the_same() -> None:
     assert (found["cache_hit_rate"], found["dead_chunks"]) == (pytest.approx(0.2), 7)
     assert (found["age_s"], found["counted_s_ago"]) == (0.5, 5.5)
     assert found["money_usd"]["month"] == "80"
+    # One poller has several connections, so their number is not called that of pollers; `status --json` has this name.
+    assert (found["poller_connections"], "pollers" in found) == (4, False)
 
 
 def test_a_server_that_is_away_is_said_and_the_rest_goes_on() -> None:
