@@ -113,7 +113,9 @@ def request_options(request: Request) -> dict[str, Any]:
         "url": request.path,
         "params": dict(request.query) or None,
         "headers": dict(request.headers),
-        "timeout": httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
+        "timeout": httpx2.Timeout(
+            seconds, connect=min(seconds, CONNECT_SECONDS), read=min(seconds, request.silence or seconds)
+        ),
     }
 
 
