@@ -22,8 +22,9 @@ class Refuses(importlib.abc.MetaPathFinder):
         if top in BLOCKED:
             raise ModuleNotFoundError(f"{name} is not installed", name=name)
 
-BLOCKED = {"alembic", "celery", "click", "kombu", "openai", "orjson", "pgvector", "platformdirs", "psycopg", "pydantic",
-           "pydantic_settings", "redis", "rich", "sqlalchemy", "starlette", "tiktoken", "uvicorn"}
+BLOCKED = {"alembic", "celery", "click", "kombu", "openai", "opentelemetry", "orjson", "pgvector", "platformdirs",
+           "psycopg", "pydantic", "pydantic_settings", "redis", "rich", "sqlalchemy", "starlette",
+           "tiktoken", "uvicorn"}
 sys.meta_path.insert(0, Refuses())
 
 import asyncio
