@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from chunkmill.client.asking.sockets import sockets_of
 from chunkmill.domain import frames
 from chunkmill.domain.frames import BadFrame, FrameKind
 from chunkmill.domain.spaces import OnLong
-from chunkmill.errors import EngineError
+from chunkmill.errors import EngineError, NotFound
 from chunkmill.machine import this_boot
 from chunkmill.monitor import worker_sockets
 from chunkmill.settings import Settings
@@ -30,6 +31,7 @@ from tests.integration.hands import Hands
 from tests.integration.test_worker_sockets import a_client, connect
 from tests.support.askers import answering
 from tests.support.gateways import running_gateway, stand_in_worker
+from tests.support.remotes import remote
 from tests.support.waiting import PATIENCE, Call, until
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
@@ -209,6 +211,36 @@ def test_a_request_to_the_gateway_continues_the_trace_of_its_caller_down_to_the_
         assert above is not None
         assert (f"{above.trace_id:032x}", f"{above.span_id:016x}") == (trace_id, parent.split("-")[2])
         assert trace_id == parent.split("-")[1]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_remote_client_takes_the_trace_of_its_caller_along(
+    kind: str, settings: Settings, spans: Spans, hands: Hands
+) -> None:
+    """With every request of a call: the many pieces of an embed, and those that are read piece by piece."""
+    calls: dict[str, Callable[[Any], Any]] = {
+        "first": lambda c: c.embed([f"{SECRET} {i}" for i in range(600)], kind="query", timeout=LONG),
+        "second": lambda c: c.reembeddings(),
+        "third": lambda c: c.chunks("absent"),
+    }
+
+    def askers() -> list[str | None]:
+        """In whose span each request to the gateway was asked."""
+        callers = {span.context.span_id: span.name for span in spans() if span.name in calls}
+        return [span.parent and callers[span.parent.span_id] for span in named(spans, "gateway request")]
+
+    with (
+        running_gateway(settings) as gateway,
+        stand_in_worker(hands.db),
+        remote(kind, gateway.url, gateway.key, timeout=LONG) as client,
+    ):
+        for name, call in calls.items():
+            with contextlib.suppress(NotFound), tracing.root(name):
+                call(client)
+        client.reembeddings()
+        until(lambda: set(askers()) == {*calls, None})
+    assert askers().count("first") >= 3
+    assert SECRET not in "".join(span.to_json() for span in spans())
 
 
 def test_a_caller_whose_trace_is_not_kept_gets_no_spans_of_the_worker(

@@ -32,7 +32,7 @@ ODD = "a/b %2F c?d"
 ALIAS = "live/docs"
 """An alias of ``DOCS``."""
 DOCS_ONLY, ODD_ONLY, SEARCH_ONLY, JOBS_ONLY = "cmk_docs", "cmk_odd", "cmk_search", "cmk_jobs"
-ODD_MODEL = "cmk_odd_model"
+ODD_MODEL, ADMIN_OF_MODEL = "cmk_odd_model", "cmk_admin_of_model"
 CALLERS = {
     KEY: Caller(None, "everything", "one", frozenset(Scope)),
     DOCS_ONLY: Caller(1, "docs", "two", frozenset(Scope), collections=frozenset({ALIAS, "new of two"})),
@@ -40,6 +40,7 @@ CALLERS = {
     SEARCH_ONLY: Caller(3, "search", "two", frozenset({Scope.SEARCH})),
     JOBS_ONLY: Caller(4, "jobs", "three", frozenset({Scope.JOBS}), models=frozenset({"all-MiniLM-L6-v2"})),
     ODD_MODEL: Caller(5, "model", "four", frozenset({Scope.JOBS}), models=frozenset({"another-model"})),
+    ADMIN_OF_MODEL: Caller(6, "admin", "five", frozenset({Scope.ADMIN}), models=frozenset({"another-model"})),
 }
 
 

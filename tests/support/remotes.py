@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import contextvars
 import json
 import socket
 import threading
@@ -167,7 +168,8 @@ class Remote:
                 result = method(*args, **kwargs)
                 return [item async for item in result] if hasattr(result, "asend") else await result
 
-            return self._runner.run(main())
+            # A runner would else keep the context, and with it the span, of its first call.
+            return self._runner.run(main(), context=contextvars.copy_context())
 
         return call
 

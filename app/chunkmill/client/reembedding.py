@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal, overload
 
@@ -14,10 +14,20 @@ from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.paying import usd_of
 from chunkmill.client.quoting import quote
 from chunkmill.client.stopping import end_if_stopped
-from chunkmill.domain.arguments import as_flag, as_items, as_number, as_seconds, as_text, as_word, require_name
+from chunkmill.domain.arguments import as_flag, as_number, as_seconds, as_text, as_word, require_name
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Plan, Quote, Reembedding, ReembeddingState
+from chunkmill.domain.reembedding import (
+    KEEP_DAYS,
+    RAMP,
+    STEP_HOURS,
+    Plan,
+    Quote,
+    Reembedding,
+    ReembeddingState,
+    as_gates,
+    as_ramp,
+)
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidInput, WaitTimeout
@@ -108,8 +118,8 @@ class Reembeddings(ClientPart):
         dry_run = as_flag("dry_run", dry_run)
         long = as_word(OnLong, on_long, "on_long")
         plan = Plan(
-            gates=_as_gates(gates),
-            ramp=_as_ramp(ramp),
+            gates=as_gates(gates),
+            ramp=as_ramp(ramp),
             step_hours=step_hours,
             keep_days=keep_days,
             priority=as_word(Priority, priority, "priority"),
@@ -256,9 +266,9 @@ class Reembeddings(ClientPart):
             life = _find(conn, which)
             plan = life.plan
             if gates is not None:
-                plan = dataclasses.replace(plan, gates=_as_gates(gates))
+                plan = dataclasses.replace(plan, gates=as_gates(gates))
             if ramp is not None:
-                plan = dataclasses.replace(plan, ramp=_as_ramp(ramp))
+                plan = dataclasses.replace(plan, ramp=as_ramp(ramp))
             lives.resume(conn, life, plan)
         return self.reembedding(life.id)
 
@@ -302,16 +312,6 @@ def _find(conn: sa.Connection, which: int | str) -> Life:
     else:
         which = as_number("which", which)
     return lives.find(conn, which)
-
-
-def _as_gates(given: Gates | None) -> Gates:
-    if given is not None and not isinstance(given, Gates):
-        raise InvalidInput(f"gates is of type {type(given).__name__}; it must be Gates(…).")
-    return given or Gates()
-
-
-def _as_ramp(given: Iterable[int]) -> tuple[int, ...]:
-    return tuple(as_number("a share of ramp", share) for share in as_items("ramp", given))
 
 
 def _require_state(life: Life, states: Sequence[ReembeddingState], *, back: bool) -> None:

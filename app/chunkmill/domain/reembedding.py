@@ -7,13 +7,14 @@ It is called for as a :class:`Plan`, goes through the states of :class:`Reembedd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
+from chunkmill.domain.arguments import as_items, as_number
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.costs import LaneEstimate
 from chunkmill.domain.gates import GateResult, Gates
@@ -143,6 +144,18 @@ def _fields_of(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
 def _require_number(argument: str, given: object, *, most: float) -> None:
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= most:
         raise InvalidInput(f"{argument} is {given!r}; it must be a number from 0 to {most:,.0f}.")
+
+
+def as_gates(given: Gates | None) -> Gates:
+    """The gates of a call, or the usual ones. Raises :class:`InvalidInput`."""
+    if given is not None and not isinstance(given, Gates):
+        raise InvalidInput(f"gates is of type {type(given).__name__}; it must be Gates(…).")
+    return given or Gates()
+
+
+def as_ramp(given: Iterable[int]) -> tuple[int, ...]:
+    """The shares of a call. Raises :class:`InvalidInput`."""
+    return tuple(as_number("a share of ramp", share) for share in as_items("ramp", given))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from chunkmill.errors import (
     BudgetExceeded,
@@ -74,13 +75,15 @@ class Refusal(Exception):
         headers["x-should-retry"] = "true" if should_retry else "false"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        error = {
+        return Reply({"error": self.error()}, self.status, headers)
+
+    def error(self) -> dict[str, Any]:
+        return {
             "message": self.message,
             "type": TYPES.get(self.status, "server_error"),
             "param": self.param,
             "code": self.code,
         }
-        return Reply({"error": error}, self.status, headers)
 
 
 def refusal_of(error: ChunkmillError) -> Refusal:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from chunkmill.errors import GatewayUnavailable
+from chunkmill.errors import GatewayUnavailable, InvalidInput
 from chunkmill.remote.reading import Unreadable
-from chunkmill.remote.refusals import Failure, failure_of, failure_of_silence
+from chunkmill.remote.refusals import Failure, failure_of, failure_of_silence, late_failure
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import Answer, OpenAnswer, OpenStep, Pause, Request, Send, Steps, Unanswered, Work
 
@@ -20,6 +21,10 @@ LONG_WORK_BYTES = 128 * 1024
 """Reading more JSON than this would hold an event loop for milliseconds."""
 LONGEST_ATTEMPT_S = 600.0
 LONGEST_ANSWER = 64 * 1024 * 1024
+LONGEST_WORK_S = 86_400.0
+"""How long the gateway works at most for one request that lasts."""
+SILENCE_S = 60.0
+"""A gateway that works for us sends something every 15 s. If nothing comes for so long, it is gone."""
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
 
@@ -118,6 +123,40 @@ class RemoteCalls:
 
         answer = yield from self._ask(make, deadline=self._deadline(timeout), is_repeatable=is_repeatable)
         return (yield from self._read(self._server, answer.body, lambda: reader(answer.body)))
+
+    def _get_lasting(
+        self, path: str, reader: Callable[[bytes], T], body: Mapping[str, Any], timeout: float
+    ) -> Steps[T]:
+        """What the answer to a POST holds that may take ``timeout`` seconds. It is not repeated once it has begun.
+
+        The gateway sends blank lines meanwhile, with the status 200, and an error in the body if it comes after them.
+        """
+        seconds = min(timeout, LONGEST_WORK_S)
+        content = as_json({**body, "timeout_s": seconds})
+
+        def attempt() -> Steps[Answer | Failure]:
+            headers = {"content-type": "application/json"}
+            request = Request(
+                "POST", path, seconds + self._timeout, {}, headers, content, LONGEST_ANSWER, silence=SILENCE_S
+            )
+            made = yield from self._attempt(self._server, request)
+            if isinstance(made, Failure):
+                return made
+            late = yield from self._read(
+                self._server, made.body, lambda: late_failure(made, self._server.name, self._secrets)
+            )
+            return made if late is None else late
+
+        answer = yield from self._repeated(attempt, self._deadline(), is_repeatable=False)
+        return (yield from self._read(self._server, answer.body, lambda: reader(answer.body)))
+
+
+def as_json(body: Mapping[str, Any]) -> bytes:
+    """Raises :class:`InvalidInput` for a number that is not finite."""
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise InvalidInput("a number that is not finite cannot be sent to a gateway.") from None
 
 
 def unreadable(server: Server, error: Unreadable) -> GatewayUnavailable:

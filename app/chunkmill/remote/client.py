@@ -16,16 +16,26 @@ from chunkmill.remote.collections import Collections
 from chunkmill.remote.embedding import Embedding
 from chunkmill.remote.http import context_of
 from chunkmill.remote.jobs import Jobs
+from chunkmill.remote.reembedding import Reembeddings
 from chunkmill.remote.servers import Server
 from chunkmill.remote.tasks import TaskRunner
 from chunkmill.remote.threads import ThreadRunner
-from chunkmill.remote.verbs import AsyncSearch, Search, in_loop, in_thread, items_in_loop, items_in_thread
+from chunkmill.remote.verbs import (
+    AsyncReembed,
+    AsyncSearch,
+    Reembed,
+    Search,
+    in_loop,
+    in_thread,
+    items_in_loop,
+    items_in_thread,
+)
 
 Verify = bool | str | Path | ssl.SSLContext
 Runner = TypeVar("Runner")
 
 
-class Verbs(Embedding, Jobs, Collections):
+class Verbs(Embedding, Jobs, Collections, Reembeddings):
     """All verbs, as generators of steps."""
 
 
@@ -115,6 +125,16 @@ class RemoteClient(_Remote[ThreadRunner]):
     feedback = in_thread(Verbs.feedback)
     count = in_thread(Verbs.count)
     delete = in_thread(Verbs.delete)
+    reembed: Reembed = cast(Any, in_thread(Verbs.reembed))
+    reembedding = in_thread(Verbs.reembedding)
+    reembeddings = in_thread(Verbs.reembeddings)
+    flip = in_thread(Verbs.flip)
+    rollback = in_thread(Verbs.rollback)
+    judge_reembedding = in_thread(Verbs.judge_reembedding)
+    pause_reembedding = in_thread(Verbs.pause_reembedding)
+    resume_reembedding = in_thread(Verbs.resume_reembedding)
+    cancel_reembedding = in_thread(Verbs.cancel_reembedding)
+    finish_reembedding = in_thread(Verbs.finish_reembedding)
     chunks = items_in_thread(Verbs.chunks)
     iter_vectors = items_in_thread(Verbs.iter_vectors)
 
@@ -162,6 +182,16 @@ class AsyncRemoteClient(_Remote[TaskRunner]):
     feedback = in_loop(Verbs.feedback)
     count = in_loop(Verbs.count)
     delete = in_loop(Verbs.delete)
+    reembed: AsyncReembed = cast(Any, in_loop(Verbs.reembed))
+    reembedding = in_loop(Verbs.reembedding)
+    reembeddings = in_loop(Verbs.reembeddings)
+    flip = in_loop(Verbs.flip)
+    rollback = in_loop(Verbs.rollback)
+    judge_reembedding = in_loop(Verbs.judge_reembedding)
+    pause_reembedding = in_loop(Verbs.pause_reembedding)
+    resume_reembedding = in_loop(Verbs.resume_reembedding)
+    cancel_reembedding = in_loop(Verbs.cancel_reembedding)
+    finish_reembedding = in_loop(Verbs.finish_reembedding)
     chunks = items_in_loop(Verbs.chunks)
     iter_vectors = items_in_loop(Verbs.iter_vectors)
 

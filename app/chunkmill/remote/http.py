@@ -15,6 +15,7 @@ from chunkmill.errors import InvalidInput, InvalidSetting, install_command
 from chunkmill.openai.wire.redaction import clean
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import OpenAnswer, Request, Unanswered
+from chunkmill.telemetry import tracing
 
 try:
     import httpx2
@@ -108,12 +109,16 @@ def request_options(request: Request) -> dict[str, Any]:
                 "at most."
             )
     seconds = max(0.001, request.seconds)
+    # The spans of the gateway and of its workers are then below the span in which the caller asks, if there is one.
+    trace = tracing.traceparent()
     return {
         "method": request.method,
         "url": request.path,
         "params": dict(request.query) or None,
-        "headers": dict(request.headers),
-        "timeout": httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
+        "headers": {**request.headers, **({} if trace is None else {"traceparent": trace})},
+        "timeout": httpx2.Timeout(
+            seconds, connect=min(seconds, CONNECT_SECONDS), read=min(seconds, request.silence or seconds)
+        ),
     }
 
 

@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, TypeVar
@@ -126,6 +126,8 @@ def _scalar(kind: Any, value: Any, place: str) -> Any:
             return kind(value)
         if kind is datetime:
             return datetime.fromisoformat(value)
+        if kind is date:
+            return date.fromisoformat(value)
         if kind is Decimal:
             return Decimal(value)
     except (TypeError, ValueError, InvalidOperation):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,8 @@ LONGEST_PAUSE_S = 24 * 3600.0
 _REPEATABLE = frozenset({408, 429, 502, 503, 504})
 _UNDONE = frozenset({429, 503})
 """With these, the gateway says that it has not begun."""
+TIME_IS_OVER = "timeout"
+"""The gateway waited for a worker or a moment that did not come, and has changed nothing."""
 _SMALLER = frozenset({"too_many_inputs", "max_tokens_per_request", "body_too_large"})
 """Codes that say that several smaller requests succeed."""
 
@@ -63,11 +65,21 @@ def failure_of(answer: Answer, server: str, secrets: Sequence[str]) -> Failure:
     return Failure(
         _error(answer.status, code, words, said, server),
         may_repeat=may_repeat,
-        is_undone=answer.status in _UNDONE,
+        is_undone=answer.status in _UNDONE or code == TIME_IS_OVER,
         is_too_large=code in _SMALLER or answer.status == 413,
         is_too_slow=answer.status == 408,
         retry_after=retry_after(answer.headers),
     )
+
+
+def late_failure(answer: Answer, server: str, secrets: Sequence[str]) -> Failure | None:
+    """The error in an answer that began before it was known how it ends; None if there is none."""
+    said = _error_in(answer)
+    if not said:
+        return None
+    status = said.get("status")
+    known = Answer(status if isinstance(status, int) else 500, {}, answer.body)
+    return replace(failure_of(known, server, secrets), may_repeat=False, is_undone=False)
 
 
 def failure_of_silence(silence: Unanswered, server: str) -> Failure:
@@ -138,7 +150,7 @@ _KINDS: Mapping[str, Callable[[str], ChunkmillError]] = {
     "insufficient_quota": BudgetExceeded,
     "model_not_found": UnknownModel,
     "no_worker": WaitTimeout,
-    "timeout": WaitTimeout,
+    TIME_IS_OVER: WaitTimeout,
     # What these need is not in an answer.
     ProviderRefused.code: ProviderError,
     ProviderStopped.code: ProviderError,

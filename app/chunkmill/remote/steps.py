@@ -34,6 +34,8 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | Lines | None = None
     longest: int = 16 * 1024 * 1024
+    silence: float | None = None
+    """How many seconds may pass in which nothing comes, if that is less."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 import numpy as np
 
+from chunkmill.domain.gates import Gates
+from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding
 from chunkmill.domain.results import Hits
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.states import Priority, Route
 from chunkmill.remote.steps import Items, Steps
 
 P = ParamSpec("P")
@@ -158,3 +162,83 @@ class AsyncSearch(Protocol):
         on_unserved: Literal["previous"] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Coroutine[Any, Any, list[Hits]]: ...
+
+
+class Reembed(Protocol):
+    """What ``reembed`` returns follows from ``dry_run``."""
+
+    @overload
+    def __call__(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: Literal[True],
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Quote: ...
+
+    @overload
+    def __call__(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: Literal[False] = False,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Reembedding: ...
+
+
+class AsyncReembed(Protocol):
+    """:class:`Reembed` as a coroutine."""
+
+    @overload
+    def __call__(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: Literal[True],
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Coroutine[Any, Any, Quote]: ...
+
+    @overload
+    def __call__(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: Literal[False] = False,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Coroutine[Any, Any, Reembedding]: ...

@@ -22,6 +22,7 @@ from chunkmill.gateway.bodies import read_body
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
+from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
 from chunkmill.gateway.shapes import answer, list_of, object_of, schema_of
 from chunkmill.ledger.reembedding import lives
 
@@ -29,6 +30,7 @@ BODY_BYTES = 64 << 10
 MOST_LISTED = 200
 LONGEST_S = 110.0
 """How many seconds a flip may wait for vectors in one request, so that no proxy cuts it off. Ask again for more."""
+JUDGE_S = 600.0
 
 _GATES: Schema = {
     "type": "object",
@@ -82,6 +84,11 @@ RESUME: Schema = {
     "properties": {"gates": _GATES, "ramp": _RAMP},
     "additionalProperties": False,
 }
+JUDGE: Schema = {
+    "type": "object",
+    "properties": {"timeout_s": timeout_schema(JUDGE_S)},
+    "additionalProperties": False,
+}
 NOTHING: Schema = {"type": "object", "additionalProperties": False}
 LISTED: dict[str, Schema] = {
     "collection": {"type": "string"},
@@ -99,6 +106,8 @@ async def begin(gateway: Gateway, request: Request, caller: Caller) -> Response:
         raise wrong("dry_run", "it must be true or false")
     if "gates" in body:
         body["gates"] = gates_of(body["gates"], Gates())
+    if isinstance(body["to"], str) and not caller.may_use(body["to"]):
+        await gateway.models.find(body["to"], caller)  # which raises unless it is another name of one that it may use
     made = await gateway.client.reembed(named.name, **body)
     return answer(made, 200 if isinstance(made, Quote) else 201)
 
@@ -135,6 +144,12 @@ async def flip(gateway: Gateway, request: Request, caller: Caller) -> Response:
 async def rollback(gateway: Gateway, request: Request, caller: Caller) -> Response:
     which, asked = await _to_flip(gateway, request, caller)
     return answer(await gateway.client.rollback(which, **asked))
+
+
+async def judge(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    named = await seen_reembedding(gateway, caller, request.path_params["id"])
+    seconds = timeout_in(await _body(request, JUDGE), JUDGE_S)
+    return await lasting(gateway, gateway.client.judge_reembedding(named.id, timeout=seconds))
 
 
 async def pause(gateway: Gateway, request: Request, caller: Caller) -> Response:
@@ -192,10 +207,7 @@ async def _to_flip(gateway: Gateway, request: Request, caller: Caller) -> tuple[
     body = await _body(request, FLIP)
     asked: dict[str, Any] = {"missing": body.get("missing")}
     if "timeout_s" in body:
-        seconds = body["timeout_s"]
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_S:
-            raise wrong("timeout_s", f"it must be a number of seconds from 0 to {LONGEST_S:g}")
-        asked["timeout"] = seconds
+        asked["timeout"] = timeout_in(body, 0.0, most=LONGEST_S)
     return named.id, asked
 
 
@@ -241,6 +253,7 @@ ENDPOINTS = [
         "One re-embedding: its state, its gates, and how each space was searched.",
         answer=schema_of(Reembedding),
     ),
+    _action("judge", judge, "Check its gates now, and note what they said.", JUDGE),
     _action("flip", flip, "Make the new space the active one now.", FLIP),
     _action("rollback", rollback, "Make the space active again that the collection left.", FLIP),
     _action("pause", pause, "Let it stay in its state and its share."),

@@ -22,8 +22,9 @@ class Refuses(importlib.abc.MetaPathFinder):
         if top in BLOCKED:
             raise ModuleNotFoundError(f"{name} is not installed", name=name)
 
-BLOCKED = {"alembic", "celery", "click", "kombu", "openai", "orjson", "pgvector", "platformdirs", "psycopg", "pydantic",
-           "pydantic_settings", "redis", "rich", "sqlalchemy", "starlette", "tiktoken", "uvicorn"}
+BLOCKED = {"alembic", "celery", "click", "kombu", "openai", "opentelemetry", "orjson", "pgvector", "platformdirs",
+           "psycopg", "pydantic", "pydantic_settings", "redis", "rich", "sqlalchemy", "starlette",
+           "tiktoken", "uvicorn"}
 sys.meta_path.insert(0, Refuses())
 
 import asyncio
@@ -80,3 +81,34 @@ def test_a_method_takes_the_arguments_of_the_method_of_client() -> None:
         assert [*ours] == wanted, name
         for argument in wanted[1:]:
             assert ours[argument].default == theirs[argument].default, (name, argument)
+
+
+NOT_REMOTE = {
+    "batcher": "an object that gathers chunks in this process",
+    "cache, evict, prune, drop_space": "they are about the whole database, whose operator has the command line",
+    "query_cache, clear_query_cache, load_query_cache, save_query_cache": "of this process and of its files",
+    "abandon, adjustments, correct_charge": "a person looks at a bill and writes down who decided",
+    "end_of": "a future that Postgres notifies; wait and the job's events are its counterpart",
+    "export": "writes a file; chunks and iter_vectors stream the same",
+    "golden": "an object whose methods read files",
+    "failing": "Job.hindrance says it",
+    "map": "draws",
+}
+"""What needs more than an answer to a request."""
+NOT_YET = {
+    "bridge", "bridges", "drop_bridge", "compare", "quote_comparison", "estimate", "keywords", "drop_keywords",
+    "tune_search", "search_counts", "attempts", "dead_chunk", "dead_chunks", "dead_codes", "drop_collection",
+    "drop_dead", "explain", "get", "index", "lanes", "remove_alias", "rename_collection", "resume_lane", "retry_dead",
+    "set_alias", "update_metadata", "usage", "vectors",
+}  # fmt: skip
+
+
+def public(kind: type) -> set[str]:
+    return {name for name, _ in inspect.getmembers(kind, callable) if not name.startswith("_")}
+
+
+def test_every_verb_of_client_is_remote_or_has_a_reason_why_not() -> None:
+    missing = public(chunkmill.Client) - public(RemoteClient)
+    reasons = [name for names in NOT_REMOTE for name in names.split(", ")]
+    assert sorted(missing) == sorted([*reasons, *NOT_YET])
+    assert public(RemoteClient) <= public(chunkmill.Client)

@@ -8,7 +8,7 @@ import struct
 import types
 import typing
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from chunkmill.domain.budget import Budget
 from chunkmill.domain.collections import CollectionInfo
 from chunkmill.domain.costs import Cost
 from chunkmill.domain.results import Audit, DeadEntry, Job, SearchHit, SearchPlan
@@ -28,7 +29,7 @@ from chunkmill.remote.collections import LONGEST_HEADER
 from chunkmill.remote.reading import Unreadable, parse, read, read_vector
 from tests.support.remotes import Asked, Said, remote, scripted
 
-KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk]
+KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk, Budget]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-(2**60), 2**60) | TEXT, lambda s: st.lists(s, max_size=2))
 
@@ -52,6 +53,10 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         return st.builds(hint, **{field.name: values_of(hints[field.name]) for field in dataclasses.fields(hint)})
+    if hint is date:
+        return st.dates()
+    if hint is Decimal:
+        return st.decimals(allow_nan=False, allow_infinity=False)
     simple = {str: TEXT, int: st.integers(-(2**60), 2**60), bool: st.booleans(), types.NoneType: st.none()}
     return simple.get(hint, st.floats(allow_nan=False, allow_infinity=False))
 
