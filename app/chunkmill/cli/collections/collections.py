@@ -21,7 +21,7 @@ from chunkmill.errors import InvalidInput, NotFound
 def collections(context: click.Context, exact: bool) -> None:
     """List the collections, with what is in them and how they are served.
 
-    A number with ~ is estimated from Postgres' statistics; --exact counts. On a terminal this is a table, and in a pipe
+    A number with ~ is estimated from a sample; --exact counts. On a terminal this is a table, and in a pipe
     it is JSON. A name may be that of a collection or an alias in every command.
     """
     if context.invoked_subcommand is not None:
