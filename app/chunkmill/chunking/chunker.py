@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from chunkmill.chunking.counting import TextMeasure, characters, tokens_of
 from chunkmill.chunking.cutting import Rule, cut
@@ -17,8 +17,10 @@ from chunkmill.chunking.reading import UnreadableDocument, read, read_text
 from chunkmill.domain.arguments import as_number, as_word
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
-from chunkmill.settings import Settings
 from chunkmill.system.files import open_regular
+
+if TYPE_CHECKING:
+    from chunkmill.settings import Settings
 
 LEAST_SIZE: Final = 16
 """The smallest size of a chunk. One character has at most a few tokens, so a chunk always holds some."""
@@ -69,7 +71,11 @@ class Chunker:
         if self.unit is Unit.CHARACTERS:
             self._measure: TextMeasure = characters()
         else:
-            self._measure = tokens_of(settings or Settings.from_env(), model, self.size)
+            if settings is None:
+                from chunkmill.settings import Settings
+
+                settings = Settings.from_env()
+            self._measure = tokens_of(settings, model, self.size)
         splitter = library("semantic_text_splitter").TextSplitter
         self._splitters: dict[int, Any] = {}
         self._new_splitter = splitter.from_callback

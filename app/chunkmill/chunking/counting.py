@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from chunkmill.chunking.libraries import library
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.errors import InvalidInput
 from chunkmill.models import tokenizer_of
-from chunkmill.openai.catalogue import model_for, resolve_space
-from chunkmill.openai.plan.tokens import TokenCounter, from_tokenizer_file, of_provider_model
-from chunkmill.settings import Settings
+
+if TYPE_CHECKING:
+    from chunkmill.openai.plan.tokens import TokenCounter
+    from chunkmill.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ def tokens_of(settings: Settings, model: str | None, size: int) -> TextMeasure:
     Raises :class:`UnknownModel` if the tokenizer is not on this machine, and :class:`InvalidInput` if the model reads
     fewer than ``size`` tokens of a text.
     """
+    # They take half a second to import, and the help of a command that can cut documents needs none of them.
+    from chunkmill.openai.catalogue import model_for, resolve_space
+    from chunkmill.openai.plan.tokens import of_provider_model
+
     name = settings.embedding_model if model is None else model
     spec = resolve_space(
         settings, name, on_long=OnLong.TRUNCATE, dimensions=None, precision=settings.embedding_precision
@@ -89,6 +95,8 @@ def of_folder(settings: Settings, spec: SpaceSpec) -> FolderCounter:
 
     Raises :class:`UnknownModel` if its tokenizer is not, and :class:`InvalidSetting` if it cannot be read.
     """
+    from chunkmill.openai.plan.tokens import from_tokenizer_file
+
     stored = tokenizer_of(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
     tokenizer = from_tokenizer_file(stored.path)
     unused = tokenizer.overhead if stored.static else 0

@@ -170,9 +170,9 @@ def _end_deletions(conn: sa.Connection, request: EnqueueRequest, job: jobs.Opene
     if not is_known or deletions.fence is None:
         raise InvalidInput(
             f"idempotency_key {request.idempotency_key!r} belongs to job {job.id}, whose chunks are all enqueued, but "
-            "which has not deleted all that its source does not have. It is not known which of those others have "
-            "enqueued since, so nothing more was deleted. Read the source again, and enqueue it with another key: that "
-            "deletes what it does not have now."
+            "which has not deleted all that its source does not have. It is not known which of those chunks others "
+            "have enqueued since, so nothing more was deleted. Read the source again, and enqueue it with another key: "
+            "that deletes what it does not have now."
         )
     replace(replacement, fence=deletions.fence).delete(job.id)
 

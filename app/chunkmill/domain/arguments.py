@@ -9,14 +9,16 @@ from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput, UnknownRoute
+
+# Functions import numpy when they are called: the help of a command would wait a quarter of a second for it.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Word = TypeVar("Word", bound=StrEnum)
 
@@ -72,6 +74,8 @@ LARGEST = 2**63 - 1
 
 def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: int = LARGEST) -> int:
     """A whole number from ``least`` to ``most``. Raises :class:`InvalidInput`, which names ``argument``."""
+    import numpy as np
+
     if isinstance(given, np.integer):
         given = int(given)
     if not isinstance(given, int) or isinstance(given, bool):
@@ -93,6 +97,8 @@ def as_most_refused(given: object, *, skips: bool) -> int | float | None:
     """How many chunks of an enqueue may be refused: a whole number, or a share from 0 up to 1 as a float; None if it
     does not matter. Raises :class:`InvalidInput`, also if bad chunks are not skipped.
     """
+    import numpy as np
+
     if given is None:
         return None
     if not skips:
@@ -131,6 +137,8 @@ USD_DIGITS = 18
 
 def as_seconds(argument: str, given: object) -> float:
     """A number of seconds that is not negative; it may be infinite. Raises :class:`InvalidInput`."""
+    import numpy as np
+
     if isinstance(given, bool) or not isinstance(given, int | float | np.floating | np.integer):
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be a number of seconds.")
     try:
@@ -181,6 +189,8 @@ def as_items(argument: str, given: Iterable[Item]) -> Iterable[Item]:
 
 def as_hybrid(argument: str, given: object) -> bool | float | Literal["rrf"] | None:
     """A way to mix vectors and keywords: None, True, False, ``"rrf"`` or a weight. Raises :class:`InvalidInput`."""
+    import numpy as np
+
     if given is None or isinstance(given, bool):
         return given
     if isinstance(given, str) and given == "rrf":
@@ -211,6 +221,8 @@ def as_function(argument: str, given: Callable[..., object] | None) -> None:
 
 def as_score(argument: str, given: object) -> float | None:
     """A cosine from -1 to 1, or None. Raises :class:`InvalidInput`, which names ``argument``."""
+    import numpy as np
+
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, int | float | np.floating | np.integer) or not -1 <= given <= 1:
@@ -240,6 +252,8 @@ def as_queries(given: object) -> tuple[list[str] | NDArray[np.float64], bool]:
     A text and a ``(d,)`` vector are single queries; a list of texts and an ``(n, d)`` array are several, and an empty
     list is none. Raises :class:`InvalidInput`.
     """
+    import numpy as np
+
     if isinstance(given, str):
         return [as_text("query", given)], True
     if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
@@ -263,6 +277,8 @@ def as_query_vector(given: object, dimensions: int) -> NDArray[np.float32]:
 
     Raises :class:`InvalidInput`, also for a vector of zeros, which has no direction.
     """
+    import numpy as np
+
     vector = np.asarray(given, dtype=np.float64)
     if vector.shape != (dimensions,) or not np.isfinite(vector).all():
         raise InvalidInput(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -33,7 +33,7 @@ class CollectionInfo(PrintedResult):
     embedded: int
     """Contents with a vector in its space. Chunks with the same text share one content."""
     counted: bool
-    """Whether ``chunks`` and ``embedded`` are exact. Otherwise they are estimated from Postgres' statistics, and
+    """Whether ``chunks`` and ``embedded`` are exact. Otherwise they are estimated from a sample of the table, and
     ``embedded`` as if no two chunks had the same text."""
     pending: int
     """Contents of its open jobs that are not embedded yet."""
@@ -57,26 +57,6 @@ class DroppedCollection(PrintedResult):
     """Chunks that were deleted."""
     complete: bool
     """No chunk is left. Otherwise the drop did not wait or was interrupted, and a poller deletes the rest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How the rows of a table are spread over the values of a column, as the statistics in ``pg_stats`` have it."""
-
-    rows: float
-    """About how many rows the table has."""
-    shares: Mapping[int, float]
-    """The share of the rows, from 0 to 1, that each of the most common values has."""
-    distinct: float
-    """How many values there are; if negative, minus that number as a share of the rows."""
-
-    def estimate(self, value: int) -> int:
-        """About how many rows have this value. A value that is not common gets the average of all such values."""
-        if value in self.shares:
-            return round(self.rows * self.shares[value])
-        distinct = self.distinct if self.distinct >= 0 else -self.distinct * self.rows
-        others = max(1.0, distinct - len(self.shares))
-        return round(self.rows * max(0.0, 1 - sum(self.shares.values())) / others)
 
 
 def embedded_of(chunks: int, waiting: Sequence[int]) -> int:

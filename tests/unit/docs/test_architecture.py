@@ -126,7 +126,7 @@ UNIT_TESTS = [
 ]
 
 
-RUN_WHOLE = {"cli/tune/test_tune_command.py", "client/aio/test_verbs.py", "test_wheel.py"}
+RUN_WHOLE = {"cli/tune/test_tune_command.py", "client/aio/test_verbs.py", "test_forks.py", "test_wheel.py"}
 """These run a command, the public names or a build, and import no module of their room."""
 
 

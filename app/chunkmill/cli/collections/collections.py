@@ -21,7 +21,7 @@ from chunkmill.errors import InvalidInput, NotFound
 def collections(context: click.Context, exact: bool) -> None:
     """List the collections, with what is in them and how they are served.
 
-    A number with ~ is estimated from Postgres' statistics; --exact counts. On a terminal this is a table, and in a pipe
+    A number with ~ is estimated from a sample; --exact counts. On a terminal this is a table, and in a pipe
     it is JSON. Every command takes an alias in place of a collection's name.
     """
     if context.invoked_subcommand is not None:

@@ -26,7 +26,6 @@ from chunkmill.cli.jobs.json_arrays import elements
 from chunkmill.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.json_values import NotJson, json_value
 from chunkmill.domain.reasons import printable
-from chunkmill.domain.stored import EXPORTED
 from chunkmill.errors import InvalidChunk, InvalidInput, install_command
 from chunkmill.system.files import NOT_REGULAR, open_regular
 
@@ -524,6 +523,8 @@ def _id_of(text: object, metadata: Mapping[str, Any]) -> str:
 
 def _is_exported(names: Collection[str], fields: Fields) -> bool:
     """Whether a record with fields of these names was written by `chunkmill export`, with its text."""
+    from chunkmill.domain.stored import EXPORTED  # it imports numpy, which `enqueue --help` does not need
+
     return fields == Fields() and {*names, "vector"} == EXPORTED
 
 

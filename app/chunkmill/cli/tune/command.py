@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
-from pydantic import TypeAdapter
 
 from chunkmill.cli.arguments import BYTES as _BYTES
 from chunkmill.cli.arguments import Quantity
@@ -100,6 +99,8 @@ def tune(
     with Bar(screen, "reading texts") as bar:
         order["texts"] = own_texts(texts) if texts is not None else docstrings()
         result = measure(order, bar)
+    from pydantic import TypeAdapter
+
     candidates = TypeAdapter(list[Candidate]).validate_python(result["candidates"])
     machine = TypeAdapter(Machine).validate_python(result["machine"])
     winner = choose(candidates, constraints)

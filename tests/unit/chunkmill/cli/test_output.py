@@ -231,8 +231,10 @@ def test_help_and_what_asks_no_server_import_no_library_of_the_servers() -> None
         def run(words):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
                 cli(words, prog_name="chunkmill")
-            heavy = {"sqlalchemy", "alembic", "psycopg", "celery", "kombu", "redis"} & sys.modules.keys()
+            heavy = {"sqlalchemy", "alembic", "psycopg", "celery", "kombu", "redis", "numpy", "torch", "httpx",
+                     "httpx2", "matplotlib"} & sys.modules.keys()
             assert not heavy, (words, heavy)
+            assert "pydantic" not in sys.modules or words == ["models", "list"], words  # which needs the settings
 
         def help_of(command, words):
             run([*words, "--help"])
@@ -243,8 +245,8 @@ def test_help_and_what_asks_no_server_import_no_library_of_the_servers() -> None
 
         run(["--version"])
         help_of(cli, [])
-        run(["models", "list"])
         run(["no-such-command"])
+        run(["models", "list"])
     """)
     subprocess.run([sys.executable, "-c", script], check=True)
 
