@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from chunkmill import (
     AccessDenied,
     Chunk,
     ClientClosed,
+    DroppedDead,
     GatewayUnavailable,
     InvalidInput,
     JobCancelled,
@@ -38,6 +40,7 @@ from chunkmill.embedded import StackStatus
 from chunkmill.gateway.routes import collections as gateway_collections
 from chunkmill.remote import AsyncRemoteClient, RemoteClient, RemoteEmbedder
 from chunkmill.remote import collections as remote_collections
+from chunkmill.remote import upkeep as remote_upkeep
 from tests.conftest import fresh_settings
 from tests.support.gateway_scene import ALIAS, DOCS, DOCS_ONLY, ODD, SEARCH_ONLY, GatewayScene, gateway_scene
 from tests.support.gateways import KEY, StandInWorker, running_gateway, stand_in_worker, tokens_of, vector_of
@@ -85,6 +88,14 @@ CALLS: list[tuple[str, Callable[[Any, GatewayScene], Any]]] = [
     ("a cancelled job that is complete", lambda c, s: c.cancel(s.jobs[ODD].id)),
     ("a retried job that is complete", lambda c, s: c.retry(s.jobs[ODD].id)),
     ("dead", lambda c, s: c.dead()),
+    ("codes of the dead", lambda c, s: c.dead_codes(collection=ODD)),
+    ("dead chunks", lambda c, s: c.dead_chunks(s.jobs[ODD].id, limit=3)),
+    ("explain", lambda c, s: c.explain(s.jobs[DOCS].id)),
+    ("attempts", lambda c, s: c.attempts(s.jobs[ODD].id)),
+    ("lanes", lambda c, s: c.lanes()),
+    ("a lane that is resumed", lambda c, s: c.resume_lane("openai")),
+    ("usage", lambda c, s: c.usage()),
+    ("usage of a day", lambda c, s: c.usage("job", since=date(2026, 1, 1))),
     ("dead of a job", lambda c, s: c.dead(s.jobs[DOCS].id, limit=0)),
     ("collections", lambda c, s: c.collections(exact=True)),
     ("audit", lambda c, s: c.audit(ODD)),
@@ -276,6 +287,71 @@ def test_a_job_is_cancelled_and_retried(scene: GatewayScene, client: Remote, nam
     assert client.wait(job.id).state is JobState.COMPLETED
 
 
+def test_metadata_and_names_are_changed_and_the_other_collection_stays(
+    scene: GatewayScene, client: Remote, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_upkeep, "MOST_IDS", 2)
+    other = f"beside {name}"
+    for one in (name, other):
+        client.enqueue([(f"{i}", f"{one} {i} {client.kind}", {"n": i, "old": True}) for i in range(5)], collection=one)
+    assert client.update_metadata(name, {"seen": [1]}, ids=["0", "1", "2", "absent"], remove=["old"]) == 3
+    assert client.update_metadata(name, {"n": "all"}, filter={"n": {"$gte": 4}}) == 1
+    assert client.update_metadata(other, {}, all_chunks=True, replace=True) == 5
+    expected = [
+        *({"n": i, "seen": [1]} for i in range(3)), {"n": 3, "old": True}, {"n": "all", "old": True},
+    ]  # fmt: skip
+    assert [chunk.metadata for chunk in client.chunks(name)] == expected
+    assert {str(chunk.metadata) for chunk in client.chunks(other)} == {"{}"}
+    assert client.rename_collection(name, f"new {name}") is None
+    assert client.set_alias(f"alias/of {name}", f"new {name}") is None
+    assert client.count(f"alias/of {name}") == 5
+    assert client.remove_alias(f"alias/of {name}") is None
+    dropped = client.drop_collection(f"new {name}")
+    assert (dropped.name, dropped.chunks, dropped.complete) == (f"new {name}", 5, True)
+    left = {one.name for one in scene.client.collections()}
+    assert other in left and f"new {name}" not in left
+
+
+def test_dead_chunks_are_looked_at_retried_and_dropped(scene: GatewayScene, client: Remote, name: str) -> None:
+    other = f"beside {name}"
+    for one in (name, other):
+        client.enqueue([("good", f"{one} {client.kind}"), ("bad", " ")], collection=one, on_invalid="skip")
+    (entry,), (beside,) = client.dead(collection=name), client.dead(collection=other)
+    assert client.dead_codes(entry.job_id) == scene.client.dead_codes(entry.job_id) == {"empty_text": 1}
+    assert client.dead_chunks(entry.job_id) == scene.client.dead_chunks(entry.job_id)
+    assert client.dead_chunk(entry.id, with_text=True) == scene.client.dead_chunk(entry.id, with_text=True)
+    for one in (scene.client, client):
+        with pytest.raises(InvalidInput):
+            one.retry_dead([entry.id])  # enqueue refused it
+    dropped = client.drop_dead(job_id=entry.job_id, code="empty_text")
+    assert (type(dropped), dropped.entries) == (DroppedDead, 1)
+    assert client.dead(collection=name) == [] and client.dead(collection=other) == [beside]
+    assert client.drop_dead([beside.id]).entries == 1
+
+
+def test_a_key_keeps_in_order_what_it_may(scene: GatewayScene, client: Remote) -> None:
+    with remote(client.kind, scene.running.url, DOCS_ONLY) as docs:
+        for call in (
+            lambda: docs.update_metadata(ODD, {"a": 1}, all_chunks=True),
+            lambda: docs.drop_collection(ODD),
+            lambda: docs.explain(scene.jobs[ODD].id),
+            lambda: docs.dead_codes(collection=ODD),
+        ):
+            with pytest.raises(NotFound):
+                call()
+        with pytest.raises(AccessDenied):
+            docs.set_alias("a name of somebody else", DOCS)
+    with remote(client.kind, scene.running.url, SEARCH_ONLY) as search:
+        for verb, given in (
+            ("update_metadata", (DOCS, {"a": 1})), ("drop_collection", (DOCS,)), ("rename_collection", (DOCS, "x")),
+            ("lanes", ()), ("usage", ()), ("dead_codes", ()), ("explain", (scene.jobs[DOCS].id,)),
+        ):  # fmt: skip
+            more = {"all_chunks": True} if verb == "update_metadata" else {}
+            with pytest.raises(AccessDenied):
+                getattr(search, verb)(*given, **more)
+    assert {one.name for one in scene.client.collections()} >= {DOCS, ODD}
+
+
 ERRORS: list[tuple[type[Exception], Callable[[Any], Any]]] = [
     (NotFound, lambda c: c.job(10**9)),
     (NotFound, lambda c: c.cancel(10**9)),
@@ -296,6 +372,24 @@ ERRORS: list[tuple[type[Exception], Callable[[Any], Any]]] = [
     (InvalidInput, lambda c: c.search(collection=DOCS)),
     (InvalidInput, lambda c: c.count(DOCS, filter={"n": {"$odd": 1}})),
     (InvalidInput, lambda c: c.job("a")),
+    (NotFound, lambda c: c.explain(10**9)),
+    (NotFound, lambda c: c.attempts(10**9)),
+    (NotFound, lambda c: c.dead_chunk(10**9)),
+    (NotFound, lambda c: c.dead_codes(collection="absent")),
+    (NotFound, lambda c: c.drop_dead([10**9])),
+    (NotFound, lambda c: c.drop_collection("absent")),
+    (NotFound, lambda c: c.rename_collection("absent", "new")),
+    (NotFound, lambda c: c.set_alias("new alias", "absent")),
+    (NotFound, lambda c: c.remove_alias("absent")),
+    (NotFound, lambda c: c.update_metadata("absent", {"a": 1}, ids=["1"])),
+    (InvalidInput, lambda c: c.update_metadata(DOCS, {"a": 1})),
+    (InvalidInput, lambda c: c.update_metadata(DOCS, {"a": 1}, filter={})),
+    (InvalidInput, lambda c: c.rename_collection(DOCS, ODD)),
+    (InvalidInput, lambda c: c.set_alias(ODD, DOCS)),
+    (InvalidInput, lambda c: c.drop_collection(ALIAS)),
+    (InvalidInput, lambda c: c.retry_dead()),
+    (InvalidInput, lambda c: c.resume_lane("local")),
+    (InvalidInput, lambda c: c.usage(since="today")),
     (InvalidInput, lambda c: c.embed(["a"], dimensions=3)),
 ]
 

@@ -20,6 +20,7 @@ from chunkmill.remote.reembedding import Reembeddings
 from chunkmill.remote.servers import Server
 from chunkmill.remote.tasks import TaskRunner
 from chunkmill.remote.threads import ThreadRunner
+from chunkmill.remote.upkeep import Upkeep
 from chunkmill.remote.verbs import (
     AsyncReembed,
     AsyncSearch,
@@ -35,7 +36,7 @@ Verify = bool | str | Path | ssl.SSLContext
 Runner = TypeVar("Runner")
 
 
-class Verbs(Embedding, Jobs, Collections, Reembeddings):
+class Verbs(Embedding, Jobs, Collections, Upkeep, Reembeddings):
     """All verbs, as generators of steps."""
 
 
@@ -125,6 +126,21 @@ class RemoteClient(_Remote[ThreadRunner]):
     feedback = in_thread(Verbs.feedback)
     count = in_thread(Verbs.count)
     delete = in_thread(Verbs.delete)
+    explain = in_thread(Verbs.explain)
+    attempts = in_thread(Verbs.attempts)
+    update_metadata = in_thread(Verbs.update_metadata)
+    drop_collection = in_thread(Verbs.drop_collection)
+    rename_collection = in_thread(Verbs.rename_collection)
+    set_alias = in_thread(Verbs.set_alias)
+    remove_alias = in_thread(Verbs.remove_alias)
+    dead_codes = in_thread(Verbs.dead_codes)
+    dead_chunk = in_thread(Verbs.dead_chunk)
+    dead_chunks = in_thread(Verbs.dead_chunks)
+    retry_dead = in_thread(Verbs.retry_dead)
+    drop_dead = in_thread(Verbs.drop_dead)
+    lanes = in_thread(Verbs.lanes)
+    resume_lane = in_thread(Verbs.resume_lane)
+    usage = in_thread(Verbs.usage)
     reembed: Reembed = cast(Any, in_thread(Verbs.reembed))
     reembedding = in_thread(Verbs.reembedding)
     reembeddings = in_thread(Verbs.reembeddings)
@@ -182,6 +198,21 @@ class AsyncRemoteClient(_Remote[TaskRunner]):
     feedback = in_loop(Verbs.feedback)
     count = in_loop(Verbs.count)
     delete = in_loop(Verbs.delete)
+    explain = in_loop(Verbs.explain)
+    attempts = in_loop(Verbs.attempts)
+    update_metadata = in_loop(Verbs.update_metadata)
+    drop_collection = in_loop(Verbs.drop_collection)
+    rename_collection = in_loop(Verbs.rename_collection)
+    set_alias = in_loop(Verbs.set_alias)
+    remove_alias = in_loop(Verbs.remove_alias)
+    dead_codes = in_loop(Verbs.dead_codes)
+    dead_chunk = in_loop(Verbs.dead_chunk)
+    dead_chunks = in_loop(Verbs.dead_chunks)
+    retry_dead = in_loop(Verbs.retry_dead)
+    drop_dead = in_loop(Verbs.drop_dead)
+    lanes = in_loop(Verbs.lanes)
+    resume_lane = in_loop(Verbs.resume_lane)
+    usage = in_loop(Verbs.usage)
     reembed: AsyncReembed = cast(Any, in_loop(Verbs.reembed))
     reembedding = in_loop(Verbs.reembedding)
     reembeddings = in_loop(Verbs.reembeddings)

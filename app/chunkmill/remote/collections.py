@@ -121,7 +121,7 @@ class Collections(RemoteCalls):
         parts: list[list[Hits]] = yield Together(
             [
                 partial(self._search, collection, {**body, "query": part}, len(part), deadline)
-                for part in _slices(queries, MOST_QUERIES)
+                for part in slices(queries, MOST_QUERIES)
             ],
             IN_FLIGHT,
         )
@@ -167,7 +167,7 @@ class Collections(RemoteCalls):
             listed = read_list(CollectionInfo, parse_object(body).get("collections"), "collections")
             return Rows(listed, CollectionInfo)
 
-        return self._get("/v1/collections", reader, query={"exact": _flag(as_flag("exact", exact))})
+        return self._get("/v1/collections", reader, query={"exact": flag(as_flag("exact", exact))})
 
     def audit(self, collection: str) -> Steps[Audit]:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
@@ -205,7 +205,7 @@ class Collections(RemoteCalls):
             raise InvalidInput("give exactly one of ids, filter and all_chunks, to say which chunks are meant.")
         bodies: list[dict[str, Any]]
         if ids is not None:
-            bodies = [{"ids": some} for some in _slices(as_ids("ids", ids), MOST_IDS)] or [{"ids": []}]
+            bodies = [{"ids": some} for some in slices(as_ids("ids", ids), MOST_IDS)] or [{"ids": []}]
         else:
             bodies = [{"all": True} if all_chunks else {"filter": as_filter("filter", filter)}]
         deleted = 0
@@ -266,8 +266,8 @@ class Collections(RemoteCalls):
         with_text, with_vector = as_flag("with_text", with_text), as_flag("with_vector", with_vector)
         query = {
             **_filter_query(filter),
-            "with_text": _flag(with_text),
-            "with_vector": _flag(with_vector),
+            "with_text": flag(with_text),
+            "with_vector": flag(with_vector),
         }
         return Items(self._chunk_pages(collection, query, after, left, PAGE_WITH_TEXT if with_text else PAGE_WITHOUT))
 
@@ -464,9 +464,9 @@ def _hits(result: Any) -> Hits:
     )
 
 
-def _flag(value: bool) -> str:
+def flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _slices(items: Sequence[Any], size: int) -> list[Any]:
+def slices(items: Sequence[Any], size: int) -> list[Any]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]

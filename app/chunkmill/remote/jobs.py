@@ -24,7 +24,7 @@ from chunkmill.domain.arguments import (
 )
 from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.results import Job, require_not_failed, still_open
+from chunkmill.domain.results import Attempt, Explanation, Job, require_not_failed, still_open
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import GatewayUnavailable, InvalidInput, WaitTimeout
@@ -230,6 +230,25 @@ class Jobs(RemoteCalls):
     def retry(self, job_id: int) -> Steps[Job]:
         """Embed what a failed or cancelled job left without a vector. Any other job is returned as it is."""
         return self._get(f"/v1/jobs/{as_number('job_id', job_id)}/retry", _job, method="POST")
+
+    def explain(self, job_id: int) -> Steps[Explanation]:
+        """Why a job is embedded where it is, and what it waits for, as :meth:`Client.explain` says it.
+
+        The lanes are only for keys with the scope admin. Raises :class:`NotFound`.
+        """
+        path = f"/v1/jobs/{as_number('job_id', job_id)}/explain"
+        return self._get(path, lambda body: read(Explanation, parse(body)))
+
+    def attempts(self, job_id: int) -> Steps[list[Attempt]]:
+        """All attempts at a job's ChunkBatches, the oldest first: which worker, how it ended, what it cost.
+
+        Raises :class:`NotFound`.
+        """
+
+        def reader(body: bytes) -> list[Attempt]:
+            return Rows(read_list(Attempt, parse_object(body).get("attempts"), "attempts"), Attempt)
+
+        return self._get(f"/v1/jobs/{as_number('job_id', job_id)}/attempts", reader)
 
 
 def _job(body: bytes) -> Job:

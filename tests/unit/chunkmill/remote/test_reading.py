@@ -19,9 +19,19 @@ import pytest
 from hypothesis import given, settings
 
 from chunkmill.domain.budget import Budget
-from chunkmill.domain.collections import CollectionInfo
+from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.costs import Cost
-from chunkmill.domain.results import Audit, DeadEntry, Job, SearchHit, SearchPlan
+from chunkmill.domain.results import (
+    Attempt,
+    Audit,
+    DeadDetails,
+    DeadEntry,
+    DroppedDead,
+    Job,
+    RetriedDead,
+    SearchHit,
+    SearchPlan,
+)
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import GatewayUnavailable
 from chunkmill.gateway.shapes import dumped, plain
@@ -29,7 +39,8 @@ from chunkmill.remote.collections import LONGEST_HEADER
 from chunkmill.remote.reading import Unreadable, parse, read, read_vector
 from tests.support.remotes import Asked, Said, remote, scripted
 
-KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk, Budget]
+OF_UPKEEP = [RetriedDead, DroppedDead, DroppedCollection, DeadDetails, Attempt]
+KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk, Budget, *OF_UPKEEP]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-(2**60), 2**60) | TEXT, lambda s: st.lists(s, max_size=2))
 
