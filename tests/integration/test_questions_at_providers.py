@@ -382,10 +382,12 @@ def test_a_question_whose_worker_may_still_answer_is_left_to_it(
     left: list[float] = []
 
     def look() -> None:
+        left.append(stage.corridor.one(_SECONDS_LEFT))
+        with stage.corridor.db.begin() as conn:
+            until = conn.execute(sa.text("SELECT now() - interval '1 s'")).scalar_one()
+            questions.add(conn, b"of a worker that is gone", space_id=space.id, tokens=5, until=until)
+            assert questions.mark_sent(conn, b"of a worker that is gone", contents=3, tokens=4, until=until)
         book_overdue(other)
-        left.append(
-            stage.corridor.one("SELECT extract(epoch FROM until - clock_timestamp())::float FROM provider_questions")
-        )
 
     def look_and_spend_the_time() -> None:
         look()
@@ -394,17 +396,16 @@ def test_a_question_whose_worker_may_still_answer_is_left_to_it(
     during(worker, before=look, after=look_and_spend_the_time)
     for space in spaces:
         ask(stage, space, [f"{stage.name} {i}" for i in range(8)])
-        with stage.corridor.db.begin() as conn:
-            until = conn.execute(sa.text("SELECT now() - interval '1 s'")).scalar_one()
-            questions.add(conn, b"of a worker that is gone", space_id=space.id, tokens=5, until=until)
-            questions.mark_sent(conn, b"of a worker that is gone", contents=3, tokens=4, until=until)
         answer(worker)
 
     assert len(left) == 8
     assert all(seconds > stage.corridor.settings.openai_timeout_seconds for seconds in left)
-    assert booked(stage, "adjustments") == {space.id: 3 for space in spaces}
-    assert booked(stage, "adjustments", "tokens") == {space.id: 4 for space in spaces}
+    assert booked(stage, "adjustments") == {space.id: 4 * 3 for space in spaces}
+    assert booked(stage, "adjustments", "tokens") == {space.id: 4 * 4 for space in spaces}
     stage.check_books()
+
+
+_SECONDS_LEFT = "SELECT extract(epoch FROM until - clock_timestamp())::float FROM provider_questions"
 
 
 @pytest.mark.parametrize("end", ["refused", "taken back"])
