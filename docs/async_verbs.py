@@ -98,10 +98,12 @@ class Method:
     def signature(self) -> ast.FunctionDef | ast.AsyncFunctionDef:
         given = self._node.args
         arguments = [
-            ast.arg(each.arg, each.annotation and Widened().visit(parsed(each.annotation))) for each in given.args
+            ast.arg(argument.arg, argument.annotation and Widened().visit(parsed(argument.annotation)))
+            for argument in given.args
         ]
         named = [
-            ast.arg(each.arg, each.annotation and Widened().visit(parsed(each.annotation))) for each in given.kwonlyargs
+            ast.arg(argument.arg, argument.annotation and Widened().visit(parsed(argument.annotation)))
+            for argument in given.kwonlyargs
         ]
         takes = ast.arguments([], arguments, None, named, given.kw_defaults, None, given.defaults)
         returns = self._node.returns
@@ -127,8 +129,8 @@ class Method:
 
     def body(self) -> str:
         given = self._node.args
-        passed = [self.passed(each) for each in given.args[1:]]
-        passed += [f"{each.arg}={self.passed(each)}" for each in given.kwonlyargs]
+        passed = [self.passed(argument) for argument in given.args[1:]]
+        passed += [f"{argument.arg}={self.passed(argument)}" for argument in given.kwonlyargs]
         arguments = ", ".join(passed)
         if self._waits:
             return f"return await self._wait(self._client._{self.name}_steps({arguments}))"
@@ -181,7 +183,7 @@ def parsed(node: ast.expr) -> ast.expr:
 
 
 def names_in(node: ast.AST) -> set[str]:
-    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def imports_of(module: ModuleType) -> dict[str, str]:

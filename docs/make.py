@@ -178,7 +178,7 @@ def described(what: type) -> Iterator[str]:
     yield prose(inspect.getdoc(what)) + "\n"
     if issubclass(what, enum.Enum):
         notes = attribute_notes(what)
-        yield "\n".join(f"- `{each.value}`{says(notes.get(each.name))}" for each in what) + "\n"
+        yield "\n".join(f"- `{member.value}`{says(notes.get(member.name))}" for member in what) + "\n"
     elif dataclasses.is_dataclass(what):
         yield from fields(what)
         yield from methods(what)
@@ -189,9 +189,9 @@ def described(what: type) -> Iterator[str]:
 def fields(what: type) -> Iterator[str]:
     notes = attribute_notes(what)
     lines = []
-    for each in dataclasses.fields(what):
-        default = "" if each.default is dataclasses.MISSING else f" = {each.default!r}"
-        lines.append(f"- `{each.name}: {each.type}{default}`{says(notes.get(each.name))}")
+    for field in dataclasses.fields(what):
+        default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+        lines.append(f"- `{field.name}: {field.type}{default}`{says(notes.get(field.name))}")
     yield "\n".join(lines) + "\n"
 
 
@@ -199,7 +199,7 @@ def methods(what: type) -> Iterator[str]:
     """Yield the methods that have a docstring: its own, then those of its base classes, in the order of the source."""
     # The other methods of AsyncClient are those of Client.
     kinds = [what] if what.__name__ == "AsyncClient" else what.__mro__
-    members = [item for each in kinds if each.__module__.startswith("chunkmill.") for item in vars(each).items()]
+    members = [item for kind in kinds if kind.__module__.startswith("chunkmill.") for item in vars(kind).items()]
     for name, member in members:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not inspect.getdoc(function):
@@ -219,7 +219,7 @@ def signature(name: str, function: FunctionType) -> str:
     given = node.args
     arguments = given.args[1:] if given.args and given.args[0].arg in ("self", "cls") else given.args
     defaults = [None] * (len(arguments) - len(given.defaults)) + list(given.defaults)
-    parts = [argument(each, default) for each, default in zip(arguments, defaults, strict=True)]
+    parts = [argument(given_argument, default) for given_argument, default in zip(arguments, defaults, strict=True)]
     if given.kwonlyargs:
         parts += ["*", *map(argument, given.kwonlyargs, given.kw_defaults)]
     returns = f" -> {what_is_returned(node.returns)}" if node.returns else ""

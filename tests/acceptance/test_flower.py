@@ -65,8 +65,8 @@ class Scene:
         return ask(self.port, path, login, **post)
 
     def tasks(self, name: str) -> list[dict[str, Any]]:
-        found = json.loads(self.ask("/api/tasks")[1]).values()
-        return sorted((task for task in found if task["name"] == name), key=lambda task: task["args"])
+        tasks = json.loads(self.ask("/api/tasks")[1]).values()
+        return sorted((task for task in tasks if task["name"] == name), key=lambda task: task["args"])
 
 
 def ask(port: int, path: str, login: str | None, **post: Any) -> tuple[int, str]:
@@ -113,10 +113,10 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
             )
             processes.start("chunkmill.cli", "poller", **paid)
             host = socket.gethostname()
-            workers = {f"cpu-{each.popen.pid}@{host}": each for each in local} | {f"openai@{host}": provider}
+            workers = {f"cpu-{worker.popen.pid}@{host}": worker for worker in local} | {f"openai@{host}": provider}
             until(lambda: is_up(port) or flower.popen.poll() is not None, flower.output)
-            for each in workers.values():
-                each.wait_for("ready.")
+            for process in workers.values():
+                process.wait_for("ready.")
             scene = Scene(processes, flower, port, workers, server.key)
             until(lambda: online(scene) == set(workers), lambda: f"{online(scene)}\n{flower.output()}")
             embed(settings, "handbook", 300, chunk_batch_size=64)
@@ -205,8 +205,8 @@ def test_a_task_says_what_it_is_about(scene: Scene) -> None:
         'args:"ChunkBatch 3"': bells,
         "worker:openai": paid,
     }.items():
-        found = json.loads(scene.ask(f"{DATATABLE}&search[value]={quote(search)}")[1])["data"]
-        assert sorted(task["uuid"] for task in found) == sorted(wanted), search
+        listed = json.loads(scene.ask(f"{DATATABLE}&search[value]={quote(search)}")[1])["data"]
+        assert sorted(task["uuid"] for task in listed) == sorted(wanted), search
 
 
 def test_no_text_and_no_key_is_on_any_page(scene: Scene) -> None:

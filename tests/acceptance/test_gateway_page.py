@@ -92,9 +92,9 @@ def take_picture(browser: Any, path: Path) -> None:
         look(browser, 1060, scheme)
         answer = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
         taken.append(Image.open(io.BytesIO(base64.b64decode(answer["data"]))).convert("RGB"))
-    both = Image.new("RGB", (sum(each.width for each in taken), max(each.height for each in taken)))
-    for i, each in enumerate(taken):
-        both.paste(each, (i * taken[0].width, 0))
+    both = Image.new("RGB", (sum(picture.width for picture in taken), max(picture.height for picture in taken)))
+    for i, one_picture in enumerate(taken):
+        both.paste(one_picture, (i * taken[0].width, 0))
     both.save(path, optimize=True)
 
 
@@ -218,5 +218,5 @@ def test_the_page_works_without_javascript(scene: GatewayScene) -> None:
         own = {"origin": scene.running.url}
         answer = http.post("/page/login", data={"key": KEY}, headers=own, follow_redirects=True)
         assert "Overview" in answer.text
-        found = http.post("/page/search", data={"collection": "docs", "query": ""}, headers=own)
-        assert (found.status_code, "docs" in found.text) == (200, True)
+        refused = http.post("/page/search", data={"collection": "docs", "query": ""}, headers=own)
+        assert (refused.status_code, "docs" in refused.text) == (200, True)

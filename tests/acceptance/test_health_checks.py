@@ -105,12 +105,12 @@ def test_a_worker_that_hangs_is_unhealthy_and_one_without_redis_is_not(
 def session(leader: int) -> list[int]:
     """The processes that live in the session which this process leads."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    found = []
+    problems = []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             if os.getsid(pid) == leader and pid != leader:
-                found.append(pid)
-    return found
+                problems.append(pid)
+    return problems
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ def memory(process: Process) -> int:
 
 def refused(process: Process) -> dict[tuple[str, str], int]:
     """Return how many messages the process has refused, by place and reason."""
-    found = re.search(r"metrics are served at (http://127\.0\.0\.1:\d+/metrics)", process.output())
-    assert found, process.output()
-    with urllib.request.urlopen(found[1], timeout=PATIENCE) as answer:  # noqa: S310 - the line above has its scheme
+    match = re.search(r"metrics are served at (http://127\.0\.0\.1:\d+/metrics)", process.output())
+    assert match, process.output()
+    with urllib.request.urlopen(match[1], timeout=PATIENCE) as answer:  # noqa: S310 - the line above has its scheme
         families = text_string_to_metric_families(answer.read().decode())
     return {
         (sample.labels["place"], sample.labels["reason"]): int(sample.value)

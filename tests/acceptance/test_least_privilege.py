@@ -55,9 +55,9 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 def redis_version() -> tuple[int, ...]:
     """The version of the Redis that the tests run. Redis 7 has rights to read alone, and several sets of rights."""
     said = subprocess.run([find_program(), "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"v=(\d+)\.(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2])
+    match = re.search(r"v=(\d+)\.(\d+)", said)
+    assert match, said
+    return int(match[1]), int(match[2])
 
 
 def acl_file() -> Path:
@@ -780,7 +780,7 @@ def test_each_user_may_do_what_docs_security_says_and_nothing_else(guarded: Guar
 def test_no_other_command_of_the_server_is_open_to_a_user(guarded: GuardedRedis, user: str) -> None:
     """A newer server has more commands. Their keys are replies, because each user may do something with these."""
     known = guarded.admin.execute_command("COMMAND")
-    arities = {str(name): int(facts["arity"]) for name, facts in known.items()}
+    arities = {str(name): int(described["arity"]) for name, described in known.items()}
     assert len(arities) > 200
     permitted = {
         name

@@ -25,9 +25,9 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 def page_of(process: Process) -> str:
     process.wait_for("/metrics")
-    found = re.search(r"metrics are served at (http://127\.0\.0\.1:\d+/metrics)", process.output())
-    assert found, process.output()
-    with urllib.request.urlopen(found[1], timeout=PATIENCE) as answer:  # noqa: S310 - the line above has its scheme
+    match = re.search(r"metrics are served at (http://127\.0\.0\.1:\d+/metrics)", process.output())
+    assert match, process.output()
+    with urllib.request.urlopen(match[1], timeout=PATIENCE) as answer:  # noqa: S310 - the line above has its scheme
         return str(answer.read().decode())
 
 
@@ -39,8 +39,8 @@ def series(page: str) -> Series:
     }
 
 
-def value(found: Series, name: str, **labels: str) -> float | None:
-    return found.get((f"chunkmill_{name}", frozenset(labels.items())))
+def value(series: Series, name: str, **labels: str) -> float | None:
+    return series.get((f"chunkmill_{name}", frozenset(labels.items())))
 
 
 @pytest.fixture

@@ -73,17 +73,15 @@ def hurry(db: sa.Engine) -> None:
 
 def rows_of_all_tables(db: sa.Engine, *, but: Sequence[str] = ()) -> str:
     """Return all rows as a dump has them, without the one column where texts belong and without the columns ``but``."""
-    found = []
+    rows = []
     with db.begin() as conn:
         tables = sa.inspect(conn).get_table_names()
         for table in tables:
             without = " - 'text'" if table == "contents" else "".join(f" - '{column}'" for column in but)
-            found += conn.execute(
-                sa.text(f"SELECT '{table} ' || (to_jsonb(t){without})::text FROM {table} t")
-            ).scalars()
+            rows += conn.execute(sa.text(f"SELECT '{table} ' || (to_jsonb(t){without})::text FROM {table} t")).scalars()
     assert {"contents", "charges", "provider_batches", "provider_lanes", "dead_chunks", "embed_requests"} <= set(tables)
-    assert any(row.startswith("contents ") for row in found)
-    return "\n".join(found)
+    assert any(row.startswith("contents ") for row in rows)
+    return "\n".join(rows)
 
 
 def readable(everything: str) -> str:
@@ -92,7 +90,7 @@ def readable(everything: str) -> str:
     in_hex = re.findall(r"\\\\?x([0-9a-f]{8,})", everything)
     decoded = [base64.b64decode(body[: len(body) // 4 * 4]) for body in in_base64]
     decoded += [bytes.fromhex(body[: len(body) // 2 * 2]) for body in in_hex]
-    return "\n".join([everything, *(each.decode(errors="replace") for each in decoded)])
+    return "\n".join([everything, *(content.decode(errors="replace") for content in decoded)])
 
 
 class Listener(threading.Thread):
@@ -209,4 +207,4 @@ def open_batches(db: sa.Engine) -> int:
 
 
 def struck(server: OpenAIServer) -> set[str]:
-    return {each["kind"] for each in server.state()["misbehaviours"] if each["fired"]}
+    return {misbehaviour["kind"] for misbehaviour in server.state()["misbehaviours"] if misbehaviour["fired"]}

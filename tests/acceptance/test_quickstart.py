@@ -128,8 +128,8 @@ def test_the_quick_start(shell: Shell, home: Path) -> None:
             until(lambda port=port: workers_seen(port))
 
     def output(words: str) -> str:
-        (found,) = [text for block, text in said.items() if words in block]
-        return found
+        (output,) = [text for block, text in said.items() if words in block]
+        return output
 
     searched = output("--collection decisions -k 3")
     assert "0018-deaths-are-not-attempts" in searched

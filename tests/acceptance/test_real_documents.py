@@ -118,8 +118,8 @@ def test_a_folder_of_real_documents_is_found_by_paragraph_and_kept_in_step(
         assert not [text[at] for at, held in enumerate(covered) if not held and not text[at].isspace()], document
     assert {chunk.metadata["page"] for chunk in client.chunks("real", filter={"document": LICENCE})} == {1, 2, 3, 4}
 
-    found = {question: folder.best(question) for question in QUESTIONS}
-    assert {q: found[q] for q, document in QUESTIONS.items() if document not in found[q]} == {}
+    answers = {question: folder.best(question) for question in QUESTIONS}
+    assert {q: answers[q] for q, document in QUESTIONS.items() if document not in answers[q]} == {}
     (price,) = client.search("something to grind coffee beans", collection="real", k=1)
     assert (price.text, price.metadata["Preis"]) == (PRICES.splitlines()[1].split(";")[1], "49,90")
 

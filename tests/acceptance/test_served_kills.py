@@ -125,10 +125,10 @@ class World:
         assert batch.request_counts.to_dict() == {"total": n, "completed": n, "failed": 0}
         content = self.patiently(lambda: self.api.files.content(batch.output_file_id).content)
         read = [json.loads(text) for text in content.splitlines()]
-        assert sorted(each["custom_id"] for each in read) == sorted(texts)
-        for each in read:
-            vector = each["response"]["body"]["data"][0]["embedding"]
-            np.testing.assert_allclose(vector, vector_of(texts[each["custom_id"]], "document", 384), atol=1e-6)
+        assert sorted(line["custom_id"] for line in read) == sorted(texts)
+        for result in read:
+            vector = result["response"]["body"]["data"][0]["embedding"]
+            np.testing.assert_allclose(vector, vector_of(texts[result["custom_id"]], "document", 384), atol=1e-6)
 
     def check_ledger(self, *, n_batches: int, uploaded: set[bytes]) -> None:
         """No batch is lost or doubled, and each listed file is one that was uploaded, to the last byte."""

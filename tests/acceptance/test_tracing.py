@@ -30,14 +30,14 @@ client.close()
 
 def spans_in(output: str) -> list[dict[str, Any]]:
     """Return what the console exporter printed between other lines: objects over several lines, from ``{`` to ``}``."""
-    found, lines = [], []
+    spans, lines = [], []
     for line in output.splitlines():
         if line == "{":
             lines = []
         lines.append(line)
         if line == "}":
-            found.append(json.loads("\n".join(lines)))
-    return found
+            spans.append(json.loads("\n".join(lines)))
+    return spans
 
 
 def test_one_trace_from_the_producer_to_the_last_vector(processes: Processes, settings: Settings) -> None:
@@ -95,15 +95,15 @@ def test_a_call_that_waits_for_a_worker_is_one_trace_with_it(processes: Processe
     )  # fmt: skip
     assert asker.returncode == 0, asker.stderr
     assert worker.terminate() == 0
-    found = [*spans_in(asker.stdout), *spans_in(worker.output())]
-    spans = {span["context"]["span_id"]: span for span in found}
-    parents = sorted((span["name"], spans[span["parent_id"]]["name"]) for span in found if span["parent_id"])
+    everything = [*spans_in(asker.stdout), *spans_in(worker.output())]
+    spans = {span["context"]["span_id"]: span for span in everything}
+    parents = sorted((span["name"], spans[span["parent_id"]]["name"]) for span in everything if span["parent_id"])
     # The transaction with the answer is below the pass if the same thread wrote it.
-    assert [each for each in parents if each != ("answer", "embed")] == [
+    assert [parent for parent in parents if parent != ("answer", "embed")] == [
         ("chunkmill.embed_request", "one"),
         ("chunkmill.embed_request", "other"),
         ("embed", "chunkmill.embed_request"),
         ("embed", "chunkmill.embed_request"),
     ]
-    assert len({span["context"]["trace_id"] for span in found}) == 2
-    assert SECRET not in json.dumps(found)
+    assert len({span["context"]["trace_id"] for span in everything}) == 2
+    assert SECRET not in json.dumps(everything)

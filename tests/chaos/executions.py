@@ -56,28 +56,28 @@ def read_passes(folder: Path) -> list[Pass]:
                 passes.append(under_way[key])
             else:
                 under_way.pop(key).ended = float(at)
-    return sorted(passes, key=lambda each: each.begun)
+    return sorted(passes, key=lambda one_pass: one_pass.begun)
 
 
 def count(passes: Iterable[Pass], blows: Sequence[Blow]) -> Count:
     """Pure."""
     counted = Count()
     last: dict[str, Pass] = {}
-    for each in passes:
-        counted.executed += len(each.hashes)
+    for one_pass in passes:
+        counted.executed += len(one_pass.hashes)
         duplicate_of: Pass | None = None
-        for content_hash in each.hashes:
+        for content_hash in one_pass.hashes:
             before = last.get(content_hash)
-            last[content_hash] = each
+            last[content_hash] = one_pass
             if before is None:
                 continue
             counted.recomputed += 1
-            counted.recomputed_by_fault[_cause(before, each, blows)] += 1
-            if before.ended is not None and before.ended <= each.begun:
+            counted.recomputed_by_fault[_cause(before, one_pass, blows)] += 1
+            if before.ended is not None and before.ended <= one_pass.begun:
                 duplicate_of = before
         if duplicate_of is not None:
             counted.duplicates += 1
-            counted.duplicates_by_fault[_cause(duplicate_of, each, blows)] += 1
+            counted.duplicates_by_fault[_cause(duplicate_of, one_pass, blows)] += 1
     counted.distinct = len(last)
     return counted
 
@@ -86,5 +86,5 @@ def _cause(before: Pass, again: Pass, blows: Sequence[Blow]) -> int | None:
     """The last fault in between that hit the first execution's worker, else the last in between at all."""
     between = [blow for blow in blows if blow.struck <= again.begun and blow.healed >= before.begun]
     on_its_worker = [blow for blow in between if before.pid in blow.pids]
-    found = max(on_its_worker or between, key=lambda blow: blow.struck, default=None)
-    return found.number if found else None
+    culprit = max(on_its_worker or between, key=lambda blow: blow.struck, default=None)
+    return culprit.number if culprit else None

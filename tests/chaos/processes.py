@@ -133,16 +133,16 @@ class Crew:
 
     def unasked(self) -> list[Exit]:
         """Processes that ended by themselves, supervised workers too."""
-        return [each for each in self.exits if not each.asked] + self._workers_exits()
+        return [exit_ for exit_ in self.exits if not exit_.asked] + self._workers_exits()
 
     def _workers_exits(self) -> list[Exit]:
         """Supervised workers that failed by themselves, as their supervisors say; signals and drains are ours."""
-        found = []
+        pids = []
         for log in sorted(self._folder.glob("*-worker-*.log")):
             for pid, code in re.findall(r"pid (\d+): exit code (\d+)", log.read_text(errors="replace")):
                 if int(code) not in AT_ONCE:
-                    found.append(Exit("worker", int(pid), int(code), asked=False, log=log))
-        return found
+                    pids.append(Exit("worker", int(pid), int(code), asked=False, log=log))
+        return pids
 
     def stop(self) -> list[str]:
         """End everything with SIGTERM; returns what was wrong with that."""
@@ -207,7 +207,7 @@ def command_line(pid: int) -> str:
 
 def children_of(pid: int) -> list[int]:
     """Its child processes, zombies left out."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -215,13 +215,13 @@ def children_of(pid: int) -> list[int]:
             except OSError:
                 continue  # it ended just now
             if int(parent) == pid and state != "Z":
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def left_of(mark: str) -> list[str]:
     """Processes with ``mark`` in their environment: what a run has started, however far removed."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
@@ -229,5 +229,5 @@ def left_of(mark: str) -> list[str]:
             except OSError:
                 continue
             if mark.encode() in environment:
-                found.append(f"{entry.name}: {command_line(int(entry.name)).strip()}")
-    return found
+                pids.append(f"{entry.name}: {command_line(int(entry.name)).strip()}")
+    return pids

@@ -86,10 +86,10 @@ def _compare(vectors: dict[str, NDArray[np.float32]], work: Work, *, real: bool)
     ids = [chunk_id for chunk_id in work.expected if chunk_id in vectors]
     if not ids:
         return 0.0, wrong
-    found = np.stack([vectors[chunk_id] for chunk_id in ids])
-    expected = _without_faults([work.expected[chunk_id] for chunk_id in ids], found.shape[1], real=real)
-    similarity = (found.astype(np.float64) * expected).sum(axis=1)
-    good = similarity >= COSINE if real else (found == expected).all(axis=1)
+    stored = np.stack([vectors[chunk_id] for chunk_id in ids])
+    expected = _without_faults([work.expected[chunk_id] for chunk_id in ids], stored.shape[1], real=real)
+    similarity = (stored.astype(np.float64) * expected).sum(axis=1)
+    good = similarity >= COSINE if real else (stored == expected).all(axis=1)
     return float(similarity.min()), wrong + [ids[at] for at in np.flatnonzero(~good)]
 
 

@@ -53,22 +53,22 @@ class Screen:
             self._status = self._console.status("starting")
             self._status.start()
 
-    def event(self, name: str, **facts: object) -> None:
+    def event(self, name: str, **details: object) -> None:
         with self._mutex:
             if self.is_terminal:
-                shown = {key: value for key, value in facts.items() if value not in (None, {}, [])}
+                shown = {key: value for key, value in details.items() if value not in (None, {}, [])}
                 said = "  ".join(f"{key} {_short(value)}" for key, value in shown.items())
                 self._console.print(f"{self._elapsed():7.1f} s  {name}  {said}")
             else:
-                print(json.dumps({"event": name, "at": self._elapsed(), **facts}), flush=True)
+                print(json.dumps({"event": name, "at": self._elapsed(), **details}), flush=True)
 
-    def progress(self, **facts: object) -> None:
+    def progress(self, **counts: object) -> None:
         """Cheap to call often."""
         if self._status is not None:
-            self._status.update("  ".join(f"{key} {value}" for key, value in facts.items()))
+            self._status.update("  ".join(f"{key} {value}" for key, value in counts.items()))
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + PROGRESS_SECONDS
-            self.event("progress", **facts)
+            self.event("progress", **counts)
 
     def close(self) -> None:
         if self._status is not None:
@@ -87,21 +87,21 @@ class Screen:
 
 def make_report(results: Sequence[Result], count: Count | None, ledger: dict[str, object]) -> dict[str, Any]:
     """The part of the report that is about the faults. ``count`` None: the real engine writes no log."""
-    drains = [note for each in results if isinstance(note := each.hit.notes.get("drain_s"), float)]
+    drains = [note for result in results if isinstance(note := result.hit.notes.get("drain_s"), float)]
     report: dict[str, Any] = {
         "faults": len(results),
-        "survived": sum(each.survived for each in results),
-        "to_progress_s": _spread([each.progress for each in results]),
-        "to_recovery_s": _spread([each.recovery for each in results]),
-        "to_takeover_s": _spread([each.takeover for each in results]),
+        "survived": sum(result.survived for result in results),
+        "to_progress_s": _spread([result.progress for result in results]),
+        "to_recovery_s": _spread([result.recovery for result in results]),
+        "to_takeover_s": _spread([result.takeover for result in results]),
         "drain_s": _spread(drains),
-        "by_kind": [_of_kind(name, results, count) for name in sorted({each.kind for each in results})],
+        "by_kind": [_of_kind(name, results, count) for name in sorted({result.kind for result in results})],
         "ledger": ledger,
     }
     if count is None:
         report |= {"texts_recomputed": ledger["recomputed"], "duplicates_executed": ledger["attempts_recomputing"]}
     else:
-        kills = [each.hit.number for each in results if each.kind in KILLS]
+        kills = [result.hit.number for result in results if result.kind in KILLS]
         report |= {
             "texts_executed": count.executed,
             "texts_recomputed": count.recomputed,
@@ -113,18 +113,18 @@ def make_report(results: Sequence[Result], count: Count | None, ledger: dict[str
 
 
 def _of_kind(name: str, results: Sequence[Result], count: Count | None) -> dict[str, Any]:
-    mine = [each for each in results if each.kind == name]
+    mine = [result for result in results if result.kind == name]
     row: dict[str, Any] = {
         "kind": name,
         "struck": len(mine),
-        "survived": sum(each.survived for each in mine),
-        "to_progress_s": _spread([each.progress for each in mine]),
-        "to_recovery_s": _spread([each.recovery for each in mine]),
-        "to_takeover_s": _spread([each.takeover for each in mine]),
+        "survived": sum(result.survived for result in mine),
+        "to_progress_s": _spread([result.progress for result in mine]),
+        "to_recovery_s": _spread([result.recovery for result in mine]),
+        "to_takeover_s": _spread([result.takeover for result in mine]),
     }
     if count is not None:
-        row["recomputed"] = sum(count.recomputed_by_fault[each.hit.number] for each in mine)
-        row["duplicates"] = sum(count.duplicates_by_fault[each.hit.number] for each in mine)
+        row["recomputed"] = sum(count.recomputed_by_fault[result.hit.number] for result in mine)
+        row["duplicates"] = sum(count.duplicates_by_fault[result.hit.number] for result in mine)
     return row
 
 
@@ -172,5 +172,5 @@ def _short(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(each)}" for key, each in value.items()) or "none"
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items()) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -236,22 +236,24 @@ class Run:
     def _show_progress(self, world: World, work: Work) -> None:
         look: Look | None = world.watcher.latest
         with self._mutex:
-            done, survived = len(self._results), sum(each.survived for each in self._results)
+            done, survived = len(self._results), sum(result.survived for result in self._results)
         self._screen.progress(
             vectors=look.vectors if look else 0, contents=len(work.contents), faults=done, survived=survived
         )
 
     def _check_exits(self, crew: Crew) -> None:
-        for each in crew.unasked():
-            if each.code not in AGAIN:
-                self._problems.append(f"{each.name} (pid {each.pid}) ended by itself with {each.code}: {each.log.name}")
+        for ended in crew.unasked():
+            if ended.code not in AGAIN:
+                self._problems.append(
+                    f"{ended.name} (pid {ended.pid}) ended by itself with {ended.code}: {ended.log.name}"
+                )
 
     def _report(self, work: Work, proof: Proof, crew: Crew, starts: int, seconds: float) -> dict[str, Any]:
         options = self._options
         counted = None
         if not options.real:
-            counted = count(read_passes(self.folder), [each.hit.blow for each in self._results])
-        results = sorted(self._results, key=lambda each: each.hit.number)
+            counted = count(read_passes(self.folder), [result.hit.blow for result in self._results])
+        results = sorted(self._results, key=lambda result: result.hit.number)
         return {
             "seed": options.seed,
             "engine": "real" if options.real else "slow",
@@ -264,7 +266,7 @@ class Run:
             "jobs": len(work.jobs),
             "enqueues_repeated": work.enqueues_repeated,
             "processes_started": starts,
-            "unasked_exits": dict(Counter(f"{each.name.partition('-')[0]} {each.code}" for each in crew.unasked())),
+            "unasked_exits": dict(Counter(f"{ended.name.partition('-')[0]} {ended.code}" for ended in crew.unasked())),
             "lowest_similarity": round(proof.lowest, 6),
             **make_report(results, counted, proof.ledger),
             "problems": self._problems,
@@ -293,4 +295,4 @@ def usable_kinds(kinds: list[str] | None, *, supervised: bool) -> tuple[str, ...
     for name in kinds or ():
         if name not in KINDS:
             raise ValueError(f"there is no fault {name!r}; there are: {', '.join(KINDS)}")
-    return tuple(kinds) if kinds else tuple(each.name for each in KINDS.values() if supervised or not each.supervised)
+    return tuple(kinds) if kinds else tuple(kind.name for kind in KINDS.values() if supervised or not kind.supervised)

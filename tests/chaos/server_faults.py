@@ -147,8 +147,8 @@ def postgres_frozen(world: World, random: Random, hit: Hit) -> None:
             kill(backend, SIGSTOP)
         time.sleep(world.lease * random.uniform(0.3, 0.6))
     finally:
-        for each in reversed(frozen):
-            kill(each, SIGCONT)
+        for process_id in reversed(frozen):
+            kill(process_id, SIGCONT)
         hit.is_healed()
 
 
@@ -211,10 +211,10 @@ def _writers_held(world: World) -> Iterator[tuple[sa.Connection, list[int]]]:
 def _writing(world: World, blocker: int) -> list[int]:
     """Workers' backends that wait for ``blocker`` and have written vectors; empty when none came in time."""
     deadline = time.monotonic() + min(MID_WRITE_SECONDS, world.lease / 2)
-    found: list[int] = []
+    pids: list[int] = []
     with world.db.connect() as look:
-        while not found and time.monotonic() < deadline:
-            found = list(
+        while not pids and time.monotonic() < deadline:
+            pids = list(
                 look.execute(
                     sa.text(
                         "SELECT a.pid FROM pg_stat_activity a WHERE a.application_name = :name "
@@ -226,7 +226,7 @@ def _writing(world: World, blocker: int) -> list[int]:
                 ).scalars()
             )
             time.sleep(0.02)
-    return found
+    return pids
 
 
 def _deadlocks(world: World) -> int:

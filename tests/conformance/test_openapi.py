@@ -115,8 +115,8 @@ def leave_the_model_out(spec: Spec, ids: Ids) -> None:
 
 def know_the_vocabulary(spec: Spec, ids: Ids) -> None:
     _, _, one, many = properties(spec, "CreateEmbeddingRequest")["input"]["oneOf"]
-    for each in (one, many["items"]):
-        each["items"] = {"enum": [0, 318, 1212, 13, 100_255]}
+    for schema in (one, many["items"]):
+        schema["items"] = {"enum": [0, 318, 1212, 13, 100_255]}
 
 
 def answer_nulls(spec: Spec, ids: Ids) -> None:
@@ -138,7 +138,7 @@ def allow_more_windows(spec: Spec, ids: Ids) -> None:
 
 def state_the_limits_of_lists(spec: Spec, ids: Ids) -> None:
     for path, most in (("/files", 10_000), ("/batches", 100)):
-        (limit,) = (each for each in spec["paths"][path]["get"]["parameters"] if each["name"] == "limit")
+        (limit,) = (parameter for parameter in spec["paths"][path]["get"]["parameters"] if parameter["name"] == "limit")
         limit["schema"] |= {"minimum": 1, "maximum": most}
 
 

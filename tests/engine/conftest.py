@@ -47,8 +47,10 @@ def stdlib_docstrings() -> tuple[str, ...]:
     names = ("argparse", "ast", "collections/__init__", "decimal", "inspect", "statistics", "typing")
     trees = (ast.parse((folder / f"{name}.py").read_text(encoding="utf-8")) for name in names)
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    found = [ast.get_docstring(node) for tree in trees for node in ast.walk(tree) if isinstance(node, documented)]
-    return tuple(dict.fromkeys(text for text in found if text))
+    docstrings_there = [
+        ast.get_docstring(node) for tree in trees for node in ast.walk(tree) if isinstance(node, documented)
+    ]
+    return tuple(dict.fromkeys(text for text in docstrings_there if text))
 
 
 ODD_TEXTS = (

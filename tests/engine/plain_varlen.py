@@ -50,11 +50,11 @@ def check(
     assert key.shape == value.shape == (tokens, key.shape[1], size)
     assert (heads == key.shape[1]) != enable_gqa
     assert heads % key.shape[1] == 0
-    for each in (query, key, value):
-        assert each.stride(-1) == 1, "the last dimension is contiguous"
-        assert all(stride % 8 == 0 for stride in each.stride()[:-1]), "16 bytes are read at a time"
-        assert each.storage_offset() % 8 == 0
-        assert each.dtype == query.dtype
+    for tensor in (query, key, value):
+        assert tensor.stride(-1) == 1, "the last dimension is contiguous"
+        assert all(stride % 8 == 0 for stride in tensor.stride()[:-1]), "16 bytes are read at a time"
+        assert tensor.storage_offset() % 8 == 0
+        assert tensor.dtype == query.dtype
     for offsets in (cu_seq_q, cu_seq_k):
         assert offsets.dtype == torch.int32
         assert offsets.is_contiguous()
@@ -62,7 +62,7 @@ def check(
     assert type(max_q) is int
     assert max_q == max_k
     assert isinstance(window_size, tuple), "torch compares it with (-1, 0) to know a causal model"
-    assert all(type(each) is int and each >= -1 for each in window_size)
+    assert all(type(size) is int and size >= -1 for size in window_size)
     assert scale is None or isinstance(scale, float)
 
 
@@ -86,7 +86,7 @@ def attend(
     shared = query.shape[1] // key.shape[1]
     for start, end in itertools.pairwise(bounds):
         q = query[start:end].float().transpose(0, 1)  # (heads, length, size)
-        k, v = (each[start:end].float().transpose(0, 1).repeat_interleave(shared, 0) for each in (key, value))
+        k, v = (tensor[start:end].float().transpose(0, 1).repeat_interleave(shared, 0) for tensor in (key, value))
         scores = q @ k.transpose(1, 2) * scale
         at = torch.arange(end - start)
         ahead = at - at[:, None]  # how far the key is ahead of the query

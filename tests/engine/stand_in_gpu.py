@@ -35,8 +35,8 @@ class StandInGpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
-            found = func(*args)
-            return CUDA if found == META else found
+            result = func(*args)
+            return CUDA if result == META else result
         if func is torch.device:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -68,7 +68,7 @@ class StandInGpu(TorchFunctionMode):
 
     def on_to(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         source = args[0]
-        target = [each for each in (*args[1:], *kwargs.values()) if _device(each) is not None]
+        target = [value for value in (*args[1:], *kwargs.values()) if _device(value) is not None]
         if target and source.device == META:
             if _device(target[0]) != CUDA:
                 self.wait(".to(cpu)")
@@ -115,10 +115,10 @@ class StandInGpu(TorchFunctionMode):
         tensor, index = args[:2]
         if tensor.device != META:
             return
-        for each in index if isinstance(index, tuple) else (index,):
-            if isinstance(each, list | np.ndarray) or (isinstance(each, torch.Tensor) and each.device != META):
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, list | np.ndarray) or (isinstance(part, torch.Tensor) and part.device != META):
                 self.wait("an index from the host")
-            elif isinstance(each, torch.Tensor) and each.dtype == torch.bool:
+            elif isinstance(part, torch.Tensor) and part.dtype == torch.bool:
                 self.wait("a choice by a mask")
 
 
@@ -129,7 +129,7 @@ _WAITS = {
 
 
 def _on_gpu(given: Any) -> bool:
-    return any(isinstance(each, torch.Tensor) and each.device == META for each in given)
+    return any(isinstance(value, torch.Tensor) and value.device == META for value in given)
 
 
 def _device(value: Any) -> torch.device | None:

@@ -36,7 +36,7 @@ def attend(
 ) -> torch.Tensor:
     """(n, longest, heads x size); the tensors are copied, because attention may write into them."""
     attention = Attention(on, scale=SIZE**-0.5, bias=bias, varlen=None, careful=careful)
-    mixed = attention(*(each.clone() for each in qkv), pattern)
+    mixed = attention(*(tensor.clone() for tensor in qkv), pattern)
     return mixed.view(len(on), on.longest, HEADS * SIZE)
 
 
@@ -65,12 +65,12 @@ def test_every_way_is_the_definition(pattern: Pattern, careful: bool, biased: bo
     q, k, v = query_key_value(len(lengths) * on.longest)
     bias = torch.randn(1, HEADS, on.longest, on.longest) if biased else None
 
-    found = attend(on, [q, k, v], pattern, bias=bias, careful=careful)
+    attended = attend(on, [q, k, v], pattern, bias=bias, careful=careful)
 
     for text, length in enumerate(lengths):
         own = slice(text * on.longest, text * on.longest + length)
         torch.testing.assert_close(
-            found[text, :length], plain(q[own], k[own], v[own], pattern, bias), atol=1e-5, rtol=0
+            attended[text, :length], plain(q[own], k[own], v[own], pattern, bias), atol=1e-5, rtol=0
         )
 
 
@@ -79,15 +79,15 @@ def test_every_way_is_the_definition(pattern: Pattern, careful: bool, biased: bo
 def test_what_lies_in_padding_reaches_no_token(pattern: Pattern, careful: bool) -> None:
     on = layout(7, 3)
     clean = query_key_value(14)
-    dirty = [each.clone() for each in clean]
-    for each in dirty:
-        each[10:] = 1e4
+    dirty = [tensor.clone() for tensor in clean]
+    for dirty_tensor in dirty:
+        dirty_tensor[10:] = 1e4
 
-    found, expected = (attend(on, each, pattern, careful=careful) for each in (dirty, clean))
+    attended, expected = (attend(on, inputs, pattern, careful=careful) for inputs in (dirty, clean))
 
-    torch.testing.assert_close(found[1, :3], expected[1, :3], atol=1e-6, rtol=0)
+    torch.testing.assert_close(attended[1, :3], expected[1, :3], atol=1e-6, rtol=0)
     if not careful:
-        assert torch.isfinite(found).all(), "a padding token's NaN would be a key of the next layer"
+        assert torch.isfinite(attended).all(), "a padding token's NaN would be a key of the next layer"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,6 @@ def test_in_range_large_scores_are_right() -> None:
     q, k, v = query_key_value(64)
     bias = torch.full((1, HEADS, 64, 64), 110 * math.log(2))
 
-    found = attend(on, [0.1 * q, k, v], Pattern(), bias=bias, careful=False)
+    attended = attend(on, [0.1 * q, k, v], Pattern(), bias=bias, careful=False)
 
-    torch.testing.assert_close(found[0], plain(0.1 * q, k, v, Pattern(), None), atol=1e-4, rtol=0)
+    torch.testing.assert_close(attended[0], plain(0.1 * q, k, v, Pattern(), None), atol=1e-4, rtol=0)

@@ -101,8 +101,8 @@ def make_pickle(weights: Path, *, payload: Path | None = None) -> Path:
 
 
 def weights_in(folder: Path, module: str) -> Path:
-    (found,) = folder.glob(f"{module}model.safetensors")
-    return found
+    (weights_file,) = folder.glob(f"{module}model.safetensors")
+    return weights_file
 
 
 @pytest.fixture(params=["", "2_*/"], ids=["transformer", "dense"])

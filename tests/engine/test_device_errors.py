@@ -52,9 +52,9 @@ class Plain:
 
 @pytest.fixture
 def emptied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    found: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(True))
-    return found
+    noticed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: noticed.append(True))
+    return noticed
 
 
 @pytest.fixture

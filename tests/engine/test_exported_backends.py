@@ -359,7 +359,7 @@ def test_a_missing_extra_is_named(target: Target, monkeypatch: pytest.MonkeyPatc
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    target = next((each for each in TARGETS if importlib.util.find_spec(RUN[each][0])), None)
+    target = next((target for target in TARGETS if importlib.util.find_spec(RUN[target][0])), None)
     if target is None:
         pytest.skip("needs one of the extras onnx and openvino")
 

@@ -304,7 +304,7 @@ def test_a_task_adds_its_adapter_to_the_weights(tasks: Path) -> None:
     assert_equal(two.embed(TEXTS).vectors, passages)
     assert_equal(two.embed(TEXTS, "query").vectors, queries)
     assert np.abs(passages - plain.embed(TEXTS).vectors).max() > 0.1, "the adapter changes nothing"
-    specs = [each.spec for each in (engine, plain, two)]
+    specs = [engine_or_folder.spec for engine_or_folder in (engine, plain, two)]
     assert [(spec.task, spec.query_task) for spec in specs] == [
         ("retrieval.passage", ""), ("", ""), ("retrieval.passage", "retrieval.query")
     ]  # fmt: skip

@@ -59,9 +59,9 @@ def rows(*marks: int, length: int = 10) -> list[Ids]:
     return [np.full(length, mark, np.int32) for mark in marks]
 
 
-def add(device: DeviceLoop, each: list[Ids], *, urgent: bool = False, large: bool = False) -> int:
+def add(device: DeviceLoop, token_ids: list[Ids], *, urgent: bool = False, large: bool = False) -> int:
     name = device.open(urgent=urgent, large=large)
-    device.add(name, each, np.zeros(len(each), np.bool_), 0)
+    device.add(name, token_ids, np.zeros(len(token_ids), np.bool_), 0)
     return name
 
 
@@ -115,8 +115,8 @@ def test_a_flood_of_urgent_streams_starves_nobody(held: tuple[FakeRunner, Device
     queries = [add(device, rows(10 + at, length=20), urgent=True) for at in range(20)]
 
     runner.go_on.set()
-    for each in [*queries, bulk]:
-        values(device, each)
+    for caller in [*queries, bulk]:
+        values(device, caller)
 
     assert runner.served.index([1]) == 1 + loop.URGENT_RUN
 
@@ -129,8 +129,8 @@ def test_after_a_flood_let_one_bulk_pass_by_urgent_streams_go_first_again(
     queries = [add(device, rows(10 + at, length=20), urgent=True) for at in range(2 * loop.URGENT_RUN + 2)]
 
     runner.go_on.set()
-    for each in [*queries, bulk]:
-        values(device, each)
+    for caller in [*queries, bulk]:
+        values(device, caller)
 
     places = [runner.served.index([mark]) for mark in (1, 2, 3)]
     assert places == [1 + loop.URGENT_RUN, 2 + 2 * loop.URGENT_RUN, 5 + 2 * loop.URGENT_RUN]
@@ -145,8 +145,8 @@ def test_of_urgent_streams_the_large_ones_come_after_the_others_and_before_bulk_
     query = add(device, rows(21, length=20), urgent=True)
 
     runner.go_on.set()
-    for each in (query, large, bulk):
-        values(device, each)
+    for caller in (query, large, bulk):
+        values(device, caller)
 
     assert runner.served == [[99], [21], [11], [12], [1], [2]]
 
@@ -160,8 +160,8 @@ def test_a_flood_of_queries_lets_large_streams_and_bulk_work_by_in_turns(
     queries = [add(device, rows(100 + at, length=20), urgent=True) for at in range(4 * loop.URGENT_RUN)]
 
     runner.go_on.set()
-    for each in [*queries, large, bulk]:
-        values(device, each)
+    for caller in [*queries, large, bulk]:
+        values(device, caller)
 
     places = {mark: runner.served.index([mark]) for mark in (1, 11, 2, 12)}
     first = 1 + loop.URGENT_RUN
@@ -333,13 +333,13 @@ def test_callers_at_once_get_their_own_vectors(toy_path: Callable[[str], Path]) 
     texts = [
         [f"caller {caller} says {number} " + "word " * (number % 7) for number in range(30)] for caller in range(6)
     ]
-    expected = [np.vstack([engine.embed([text]).vectors for text in each]) for each in texts]
+    expected = [np.vstack([engine.embed([text]).vectors for text in caller_texts]) for caller_texts in texts]
 
     def call(caller: int) -> np.ndarray:
         return engine.embed(texts[caller], urgent=caller == 0).vectors
 
-    found = together(*[partial(call, caller) for caller in range(6)])
-    for vectors, own in zip(found, expected, strict=True):
+    embedded = together(*[partial(call, caller) for caller in range(6)])
+    for vectors, own in zip(embedded, expected, strict=True):
         np.testing.assert_allclose(vectors, own, atol=1e-5)
 
 
@@ -352,11 +352,11 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
     class Held:
         device, packed, dtype, concurrent = backend.device, backend.packed, backend.dtype, False
 
-        def __call__(self, each: Sequence[Ids], **options: object) -> object:
-            passes.append(len(each))
+        def __call__(self, token_ids: Sequence[Ids], **options: object) -> object:
+            passes.append(len(token_ids))
             under_way.set()
             assert go_on.wait(PATIENCE)
-            return backend(each, **options)  # type: ignore[arg-type]
+            return backend(token_ids, **options)  # type: ignore[arg-type]
 
     engine._runner.backend = Held()  # type: ignore[assignment]
     engine._loop._most_threads = 1

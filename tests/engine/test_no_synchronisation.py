@@ -28,8 +28,8 @@ from .stand_in_gpu import CUDA, StandInGpu, Synchronised, stand_in_gpu
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInGpu]:
     libraries()  # they cannot be imported while torch.cuda is another one
-    with stand_in_gpu(monkeypatch) as found:
-        yield found
+    with stand_in_gpu(monkeypatch) as synchronisations:
+        yield synchronisations
 
 
 def batch_of(engine: Engine, *, windows: bool = False) -> TokenBatch:
@@ -73,13 +73,13 @@ def test_starting_a_pass_does_not_wait_for_the_device(
 
 def test_the_number_format_of_each_family(toy_path: Callable[[str], Path], gpu: StandInGpu) -> None:
     """fp16 where activations fit it; bf16 for what was trained in it."""
-    found = {
+    dtypes = {
         name: Engine.load(str(toy_path(name)), device="cuda").dtype
         for name in ("bert-mean", "xlm-roberta-cls", "mpnet-dense", "nomic-sqrt", "modernbert-max", "qwen3-last")
     }
 
-    assert found.pop("modernbert-max") == found.pop("qwen3-last") == "bfloat16"
-    assert set(found.values()) == {"float16"}
+    assert dtypes.pop("modernbert-max") == dtypes.pop("qwen3-last") == "bfloat16"
+    assert set(dtypes.values()) == {"float16"}
 
 
 def _on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_one_thread_keeps_two_passes_under_way() -> None:
     runner = Slow()
     device = DeviceLoop(runner, TokenBudget(10), threads=4)  # type: ignore[arg-type]
     name = device.open()
-    device.add(name, [np.full(10, each, np.int32) for each in range(5)], np.zeros(5, np.bool_), 0)
+    device.add(name, [np.full(10, number, np.int32) for number in range(5)], np.zeros(5, np.bool_), 0)
 
     assert runner.two_under_way.wait(PATIENCE), "the second pass waits for the first to end"
     assert runner.calls == ["launch", "launch"]

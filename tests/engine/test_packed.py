@@ -121,11 +121,11 @@ def test_every_toy_gives_the_vectors_of_sentence_transformers(
     expected = reference(toy_path(name))
 
     result = engine.embed(texts, "query" if kind == "query" else "document")
-    each = np.vstack([engine.embed([text], "query" if kind == "query" else "document").vectors for text in texts])
+    alone = np.vstack([engine.embed([text], "query" if kind == "query" else "document").vectors for text in texts])
 
     encode = expected.encode_query if kind == "query" else expected.encode_document
     np.testing.assert_allclose(result.vectors, encode(texts), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(result.vectors, each, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(result.vectors, alone, atol=1e-5, rtol=0)
     assert result.timings.token_batches < len(texts), "no two texts shared a pass"
     assert result.timings.padded_tokens == result.timings.tokens, "a packed pass has no padding"
 
@@ -154,10 +154,10 @@ def test_half_precision_does_not_look_at_the_neighbours(name: str, dtype: str, t
     engine, texts = load_packed(toy_path(name), dtype), sample(15)
 
     together = engine.embed(texts).vectors
-    each = np.vstack([engine.embed([text]).vectors for text in texts])
+    alone = np.vstack([engine.embed([text]).vectors for text in texts])
 
-    norms = np.linalg.norm(together, axis=1) * np.linalg.norm(each, axis=1)
-    assert ((together * each).sum(1) / norms).min() >= 0.9999
+    norms = np.linalg.norm(together, axis=1) * np.linalg.norm(alone, axis=1)
+    assert ((together * alone).sum(1) / norms).min() >= 0.9999
 
 
 @pytest.mark.parametrize("name", ["bert-prompt-excluded", "modernbert-cls-prompt-excluded", "qwen3-mean"])

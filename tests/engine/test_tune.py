@@ -67,12 +67,12 @@ def documented(done: Result, exit_code: int = 0) -> Any:
 @pytest.mark.slow
 def test_from_the_command_to_the_worker(toy: Path, texts: str, caplog: pytest.LogCaptureFixture) -> None:
     """One row for each setup, with figures or with what it lacks; the winner is kept, and an engine follows it."""
-    found = documented(
+    tuned = documented(
         tune("--texts", texts, "--budget", "512", "--budget", "2048", "--dtype", "fp32", "--dtype", "bf16",
              "--backend", "native", "--backend", "onnx", "--threads", "1", "--min-cosine", "0.9999999",
              "--seconds", "0.1", "--json")
     )  # fmt: skip
-    rows = {(*each["setup"].values(),)[:3]: each for each in found["candidates"]}
+    rows = {(*candidate["setup"].values(),)[:3]: candidate for candidate in tuned["candidates"]}
     broken = rows.pop(("onnx", "float32", 512))
     assert (broken["measured"], broken["failed"]) == (None, ["problem"])
     assert "onnx" in broken["problem"]
@@ -91,12 +91,12 @@ def test_from_the_command_to_the_worker(toy: Path, texts: str, caplog: pytest.Lo
         assert measured["peak_mib"] > 50
         assert measured["rounds"] == 7  # screened, and twice three interleaved rounds
     fastest = max(rows.values(), key=lambda row: row["measured"]["tokens_per_second"])
-    assert found["winner"] == fastest["setup"]
+    assert tuned["winner"] == fastest["setup"]
 
-    profile = read_profile(Path(found["profile"]))
+    profile = read_profile(Path(tuned["profile"]))
     assert asdict(profile.setup) == fastest["setup"]
     assert profile.measured.tokens_per_second == fastest["measured"]["tokens_per_second"]
-    assert Path(found["picture"]).read_text().startswith("<svg")
+    assert Path(tuned["picture"]).read_text().startswith("<svg")
     with caplog.at_level(logging.INFO):
         engine = load_engine(Settings.from_env(), resolve_model(str(toy)), "cpu", this_machine())
     assert (engine.backend, engine.dtype, engine.batch_tokens) == ("native", "float32", profile.setup.batch_tokens)

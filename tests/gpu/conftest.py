@@ -70,11 +70,11 @@ def forbid_waits(forbid: bool) -> None:
 def cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
     """(n,) of the rows of two (n, d) matrices."""
     a, b = left.astype(np.float64), right.astype(np.float64)
-    found: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return found
+    similarities: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return similarities
 
 
-def assert_equal_in_fp32(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+def assert_equal_in_fp32(vectors: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
     """1e-5 of a vector's length: promise 6."""
     lengths = np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1.0)
-    np.testing.assert_allclose(found / lengths, expected / lengths, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(vectors / lengths, expected / lengths, atol=1e-5, rtol=0)

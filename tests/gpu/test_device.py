@@ -109,7 +109,7 @@ def test_two_engines_share_a_device(load: Callable[..., Engine], exact: Callable
         return engines[name].embed(texts, urgent=number == 0).vectors
 
     asked = [(name, number) for name in names for number in range(3)]
-    for (name, _), vectors in zip(asked, together(*[partial(call, *each) for each in asked]), strict=True):
+    for (name, _), vectors in zip(asked, together(*[partial(call, *arguments) for arguments in asked]), strict=True):
         assert cosines(vectors, exact(name).embed(texts).vectors).min() >= 0.998
 
 
@@ -118,8 +118,8 @@ def test_callers_at_once_get_their_own_vectors(load: Callable[..., Engine]) -> N
     texts = [
         [f"caller {caller} says {number} " + "word " * (number % 7) for number in range(30)] for caller in range(6)
     ]
-    expected = [np.vstack([engine.embed([text]).vectors for text in each]) for each in texts]
+    expected = [np.vstack([engine.embed([text]).vectors for text in caller_texts]) for caller_texts in texts]
 
-    found = together(*[partial(engine.embed, texts[caller]) for caller in range(6)])
-    for embedded, vectors in zip(found, expected, strict=True):
+    answers = together(*[partial(engine.embed, texts[caller]) for caller in range(6)])
+    for embedded, vectors in zip(answers, expected, strict=True):
         assert_equal_in_fp32(embedded.vectors, vectors)

@@ -103,19 +103,19 @@ def test_every_tokens_vector_at_every_length(family: str, dtype: str, tmp_path: 
         hidden = backend(given)
         vectors, lengths = hidden.vectors.float().cpu(), hidden.lengths.cpu().tolist()
         if hidden.owners is not None:
-            return [each.numpy() for each in vectors.split(lengths)]
+            return [vector.numpy() for vector in vectors.split(lengths)]
         return [vectors[text, :length].numpy() for text, length in enumerate(lengths)]
 
     together = tokens(rows)
-    for row, found, wanted in zip(rows, together, expected, strict=True):
+    for row, beside_others, wanted in zip(rows, together, expected, strict=True):
         (alone,) = tokens([row])
         if dtype == "fp32":
-            assert_equal_in_fp32(found, wanted)
+            assert_equal_in_fp32(beside_others, wanted)
             assert_equal_in_fp32(alone, wanted)
         else:
             # Single tokens have nothing to average out over, as texts have.
-            assert cosines(found, wanted).min() >= {"fp16": 0.9995, "bf16": 0.99}[dtype]
-            assert cosines(alone, found).min() >= {"fp16": 0.9999, "bf16": 0.9995}[dtype]
+            assert cosines(beside_others, wanted).min() >= {"fp16": 0.9995, "bf16": 0.99}[dtype]
+            assert cosines(alone, beside_others).min() >= {"fp16": 0.9999, "bf16": 0.9995}[dtype]
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -60,9 +60,9 @@ class Aimock:
                 stderr=subprocess.STDOUT,
             )
         until(lambda: "listening on" in log.read_text() or self._process.poll() is not None, log.read_text)
-        found = re.search(r"listening on (http://\S+)", log.read_text())
-        assert found, log.read_text()
-        self.url = f"{found[1]}/v1"
+        match = re.search(r"listening on (http://\S+)", log.read_text())
+        assert match, log.read_text()
+        self.url = f"{match[1]}/v1"
 
     def stop(self) -> None:
         self._process.terminate()

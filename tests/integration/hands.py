@@ -29,9 +29,9 @@ class Hands:
         self.db = db
         self.deaths = 0
 
-    def rows(self, statement: str, **facts: object) -> list[tuple[Any, ...]]:
+    def rows(self, statement: str, **parameters: object) -> list[tuple[Any, ...]]:
         with self.db.begin() as conn:
-            return [tuple(row) for row in conn.execute(sa.text(statement), facts)]
+            return [tuple(row) for row in conn.execute(sa.text(statement), parameters)]
 
     def due(self) -> list[int]:
         return [i for (i,) in self.rows("SELECT id FROM chunk_batches WHERE state = 'available' ORDER BY id")]

@@ -113,8 +113,8 @@ def test_what_is_cut_up_counts_as_truncated_what_was(client: Client, hands: Hand
     with hands.db.begin() as conn:
         deaths.take_back_from(conn, "host:1", evidence="ended by SIGSEGV")
     hands.die(chunk_batch_id)
-    found = client.job(job.id)
-    assert (found.contents, found.embedded, found.truncated, found.remaining) == (6, 3, 1, 3)
+    job_now = client.job(job.id)
+    assert (job_now.contents, job_now.embedded, job_now.truncated, job_now.remaining) == (6, 3, 1, 3)
 
 
 @pytest.mark.parametrize(("route", "priority", "rank"), [("local", "low", 9), ("openai-sync", "high", 3)])
@@ -146,4 +146,4 @@ def test_a_jobs_account_attempts_and_failures_are_its_own(client: Client, hands:
         ["host:1"], ["host:2"], ["host:3"],
     ]  # fmt: skip
     failing = [client.failing(job.id) for job in jobs]
-    assert [each and each.error for each in failing] == ["the first reason", "the second reason", None]
+    assert [failure and failure.error for failure in failing] == ["the first reason", "the second reason", None]

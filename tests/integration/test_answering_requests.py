@@ -55,9 +55,9 @@ def test_a_query_is_embedded_under_the_policy_of_its_space(
     first, second = (answered(db, request) for request in requests)
 
     engine = context.engine_for(cut)
-    for on_long, found in ((OnLong.TRUNCATE, first), (OnLong.SPLIT, second)):
+    for on_long, answer in ((OnLong.TRUNCATE, first), (OnLong.SPLIT, second)):
         expected = engine.embed(["short", LONG], kind=kind, on_long=on_long).vectors  # type: ignore[arg-type]
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
     assert np.abs(first[1] - second[1]).max() > 1e-3
 
 

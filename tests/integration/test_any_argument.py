@@ -201,9 +201,9 @@ def test_ids_may_come_in_any_iterable(filled: Client) -> None:
 def test_a_query_vector_of_any_length_finds_the_same(filled: Client) -> None:
     filled._settings = filled._settings.model_copy(update={"vector_storage": "halfvec"})
     vector = filled.embed(["a text"])[0]
-    found = [filled.search(vector * scale, collection="docs") for scale in (1.0, 1e-30, 1e30)]
-    assert [[hit.chunk_id for hit in hits] for hits in found] == [["b", "a"]] * 3
-    assert [hits[0].score for hits in found] == pytest.approx([1.0] * 3, abs=1e-5)
+    searches = [filled.search(vector * scale, collection="docs") for scale in (1.0, 1e-30, 1e30)]
+    assert [[hit.chunk_id for hit in hits] for hits in searches] == [["b", "a"]] * 3
+    assert [hits[0].score for hits in searches] == pytest.approx([1.0] * 3, abs=1e-5)
 
 
 class Part(ClientPart):

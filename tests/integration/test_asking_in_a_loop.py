@@ -96,7 +96,7 @@ def test_calls_that_wait_are_looked_for_in_one_statement_and_each_gets_its_own(
             await embed(["text 1"], spec)
         statements.clear()
         texts = [["text 1"], ["text 2"], ["text 2", "text 1", "text 2"], ["text 2"], ["text 1"]]
-        first = await asyncio.gather(*(embed(each, specs[0]) for each in texts))
+        first = await asyncio.gather(*(embed(text, specs[0]) for text in texts))
         assert [places(made) for made in first] == [[1], [200], [200, 1, 200], [200], [1]]
         assert statements == [1, 4]
         statements.clear()
@@ -133,7 +133,7 @@ def test_a_connection_that_is_lost_costs_no_answer_and_is_opened_again(
         with db.begin() as conn:
             conn.execute(sa.text("SELECT pg_terminate_backend(:pid, 30000)"), {"pid": gone})
         made = await asyncio.gather(*(embed(["text 2"], specs[0]) for _ in range(3)))
-        assert [places(each) for each in made] == [[200]] * 3
+        assert [places(vectors) for vectors in made] == [[200]] * 3
         while lookups._connection is None or lookups._connection.info.backend_pid == gone:
             assert places(await embed(["text 2"], specs[0])) == [200]
 
@@ -149,7 +149,7 @@ def test_a_connection_that_hangs_is_given_up(
         assert client._lookups is not None
         monkeypatch.setattr(client._lookups, "_answer", lambda: None)  # nothing comes of the statement
         made = await asyncio.gather(*(embed(["text 2"], specs[0]) for _ in range(2)))
-        assert [places(each) for each in made] == [[200]] * 2
+        assert [places(vectors) for vectors in made] == [[200]] * 2
 
     in_loop(settings, work)
 
@@ -182,7 +182,7 @@ def test_workers_are_asked_at_their_sockets_by_the_loop_and_left_when_they_die(
     async def work(client: AsyncClient, embed: Embed) -> None:
         await connected(client)
         made = await asyncio.gather(*(embed([f"text {n}"], specs[0]) for n in range(3, 20)))
-        assert [places(each) for each in made] == [[n] for n in range(3, 20)]
+        assert [places(vectors) for vectors in made] == [[n] for n in range(3, 20)]
         assert "chunkmill-sockets" not in {thread.name for thread in threading.enumerate()}
         assert count(db, "embed_requests") == 0
         worker.holds = True

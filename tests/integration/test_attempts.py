@@ -25,9 +25,9 @@ from tests.integration.conftest import Runner
 LONG = "many words in one long text " * 80  # past MiniLM's 256 tokens
 
 
-def execute(db: sa.Engine, statement: str, **facts: object) -> list[tuple[Any, ...]]:
+def execute(db: sa.Engine, statement: str, **parameters: object) -> list[tuple[Any, ...]]:
     with db.begin() as conn:
-        result = conn.execute(sa.text(statement), facts)
+        result = conn.execute(sa.text(statement), parameters)
         return [tuple(row) for row in result] if result.returns_rows else []
 
 

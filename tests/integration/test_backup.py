@@ -160,10 +160,10 @@ def test_a_backup_comes_back_on_another_server_and_its_work_goes_on(
             assert ask(there.database_url, "SELECT count(*) FROM chunkmill_collections.docs") == 36
 
 
-def _without_segments(found: dict[str, Any]) -> dict[str, Any]:
+def _without_segments(shown: dict[str, Any]) -> dict[str, Any]:
     """The differences that are not about the table of a segment."""
     left = {}
-    for kind, sides in found.items():
+    for kind, sides in shown.items():
         kept = {side: [row for row in rows if "segment_" not in repr(row)] for side, rows in sides.items()}
         if any(kept.values()):
             left[kind] = kept

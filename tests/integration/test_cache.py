@@ -19,9 +19,9 @@ from chunkmill.spaces import registry
 from tests.integration.conftest import Runner
 
 
-def execute(db: sa.Engine, statement: str, **facts: object) -> list[Any]:
+def execute(db: sa.Engine, statement: str, **parameters: object) -> list[Any]:
     with db.begin() as conn:
-        result = conn.execute(sa.text(statement), facts)
+        result = conn.execute(sa.text(statement), parameters)
         return list(result.scalars()) if result.returns_rows else []
 
 

@@ -25,8 +25,8 @@ MANY = 4 * cancel.SLICE + 2
 
 def states(db: sa.Engine) -> dict[str, int]:
     with db.begin() as conn:
-        found = conn.execute(sa.text("SELECT state, count(*) FROM chunk_batches GROUP BY state")).all()
-    return {row.state: row.count for row in found}
+        counts = conn.execute(sa.text("SELECT state, count(*) FROM chunk_batches GROUP BY state")).all()
+    return {row.state: row.count for row in counts}
 
 
 def grow(db: sa.Engine, n: int) -> None:
@@ -90,7 +90,7 @@ def test_a_large_job_is_cancelled_in_slices_and_what_runs_first(client: Client, 
 
     assert client.cancel(job.id).state is JobState.CANCELLED
     assert states(db) == {"cancelled": MANY}
-    steps = [each["cancelled"] for each in seen if "cancelled" in each]
+    steps = [event["cancelled"] for event in seen if "cancelled" in event]
     assert steps[0] == 2  # those that ran, before any other
     assert "running" not in seen[1]
     grown = [after - before for before, after in itertools.pairwise(steps)]
@@ -222,7 +222,7 @@ def test_a_cancel_of_a_job_that_has_failed_leaves_what_runs(client: Client, db: 
     """It was named abandoned while workers were in it. What they finish is kept, and the job says why it failed."""
     job = client.enqueue([("c", "a text")], collection="docs")
     other = client.enqueue([("d", "another text")], collection="docs")
-    leases = [hands.claim(*hands.of_job(each.id)) for each in (job, other)]
+    leases = [hands.claim(*hands.of_job(open_job.id)) for open_job in (job, other)]
     with db.begin() as conn:  # as while its producer was still at it; by now that is gone
         conn.execute(sa.text("UPDATE jobs SET state = 'enqueueing', sealed_at = NULL WHERE id = :id"), {"id": job.id})
         assert recover.fail_abandoned(conn) == [job.id]

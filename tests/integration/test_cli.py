@@ -355,7 +355,7 @@ def test_jobs_and_audit(embedded: dict[str, Any]) -> None:
     assert document("cancel", str(embedded["id"]))["state"] == "completed"
     audit = document("audit", "docs")
     assert (audit["chunks"], audit["missing"], audit["complete"]) == (3, 0, True)
-    assert [each["collection"] for each in document("audit")].count("docs") == 1
+    assert [audited["collection"] for audited in document("audit")].count("docs") == 1
 
 
 def test_models_and_index(embedded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_models_and_index(embedded: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 def test_the_canary_is_shown_with_its_maker_and_forgotten(embedded: dict[str, Any]) -> None:
-    (kept,) = [each for each in document("models", "canary") if each["fingerprint"] == embedded["space"]]
+    (kept,) = [reference for reference in document("models", "canary") if reference["fingerprint"] == embedded["space"]]
     assert kept["made_by"]["worker"].partition(":")[2].isdigit()
     assert "torch" in kept["made_by"]["versions"]
     assert kept["made_by"]["worker"] in screen("models", "canary")
@@ -547,12 +547,12 @@ def test_the_demo_does_it_all_and_leaves_nothing(home: Path) -> None:
     folder = home / "demo"
     done = process("demo", "--limit", "60", "--home", str(folder), "--json")
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert (facts["job"]["state"], facts["job"]["chunks"]) == ("completed", 60)
-    assert facts["again"]["embedded"] == 0
-    assert facts["audit"]["complete"]
-    assert len(facts["searches"]) == 4
-    assert all(search["hits"] for search in facts["searches"])
+    told = json.loads(done.stdout)
+    assert (told["job"]["state"], told["job"]["chunks"]) == ("completed", 60)
+    assert told["again"]["embedded"] == 0
+    assert told["audit"]["complete"]
+    assert len(told["searches"]) == 4
+    assert all(search["hits"] for search in told["searches"])
     assert not folder.exists()
 
 

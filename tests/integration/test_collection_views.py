@@ -98,11 +98,11 @@ def test_a_collection_that_moves_to_another_space_shows_the_vectors_of_that_spac
 )
 def test_every_name_of_a_collection_has_a_view_of_its_own(client: Client, db: sa.Engine, name: str) -> None:
     fill(client, name, name[:-1] + "y")
-    for each in (name, name[:-1] + "y"):
-        assert ids(db, view_name(each)) == {f"{each}-{i}" for i in range(3)}
+    for one_collection in (name, name[:-1] + "y"):
+        assert ids(db, view_name(one_collection)) == {f"{one_collection}-{i}" for i in range(3)}
     assert rows(db, "SELECT collection_view_name(:name)", name=name) == [(view_name(name),)]
     assert {info.view for info in client.collections()} == {
-        quoted(VIEWS, view_name(each)) for each in (name, name[:-1] + "y")
+        quoted(VIEWS, view_name(collection)) for collection in (name, name[:-1] + "y")
     }
     client.drop_collection(name)
     assert views(db) == [view_name(name[:-1] + "y")]

@@ -150,7 +150,7 @@ def test_costs_by_job_come_in_the_order_of_the_jobs(db: sa.Engine, client: Clien
 def test_each_month_is_warned_of_anew(db: sa.Engine) -> None:
     november, december = (Budget(date(2026, month, 1), Decimal(9), Decimal(0), Decimal(10)) for month in (11, 12))
     with db.begin() as conn:
-        given = [budget.due_notices(conn, each, warn_percent=80) for each in (november, december, november, december)]
+        given = [budget.due_notices(conn, month, warn_percent=80) for month in (november, december, november, december)]
 
     assert given == [(80,), (80,), (), ()]
 

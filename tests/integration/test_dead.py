@@ -33,8 +33,8 @@ from tests.support.waiting import PATIENCE, Call, running, until
 POISON = "a text that no wörker survives"
 
 
-def ids(found: list[DeadEntry]) -> list[int]:
-    return [entry.id for entry in found]
+def ids(entries: list[DeadEntry]) -> list[int]:
+    return [entry.id for entry in entries]
 
 
 def failed(client: Client, hands: Hands, *texts: str, code: str = "not_finite", collection: str = "docs") -> Job:
@@ -534,9 +534,9 @@ def test_dead_list_and_dead_show(client: Client, hands: Hands) -> None:
     ]
     assert listed.stdout.endswith("\n\n1 empty_text, 1 kills_workers\n")
     assert call("dead", "list", "-n", "1").stdout.endswith("These are the newest 1 of 2. -n shows more.\n")
-    facts = document("dead", "list", "--code", "empty_text")
-    assert [entry["chunk_id"] for entry in facts["dead"]] == ["empty"]
-    assert "never stored" in facts["dead"][0]["why_not_retried"]
+    told = document("dead", "list", "--code", "empty_text")
+    assert [entry["chunk_id"] for entry in told["dead"]] == ["empty"]
+    assert "never stored" in told["dead"][0]["why_not_retried"]
     assert call("dead", "list", "--code", "none").stdout == "No dead chunk matches.\n"
 
     shown = call("dead", "show", str(bad.id))
@@ -654,10 +654,10 @@ def test_a_job_shows_its_attempts_and_what_fails_in_it(client: Client, hands: Ha
     assert "attempt 2 of 6 failed: host:9: no disk" in " ".join(shown.split())
     assert all(word in shown for word in ("host:1", "died: ended by SIGSEGV", "failed: host:9: no disk"))
     assert "2 attempts, 1 death, 2 texts recomputed, at most 7 at risk at a time." in shown
-    facts = document("job", str(job.id), "--attempts")
-    assert facts["attempt_totals"] == {"attempts": 2, "deaths": 1, "recomputed": 2, "most_at_risk": 7}
-    assert [each["outcome"] for each in facts["attempts"]] == ["died", "failed"]
-    assert facts["failing"]["error"] == "host:9: no disk"
+    told = document("job", str(job.id), "--attempts")
+    assert told["attempt_totals"] == {"attempts": 2, "deaths": 1, "recomputed": 2, "most_at_risk": 7}
+    assert [attempt["outcome"] for attempt in told["attempts"]] == ["died", "failed"]
+    assert told["failing"]["error"] == "host:9: no disk"
     hands.embed(hands.claim(1), {})
     assert document("job", str(job.id))["failing"] is None
     assert "attempts" not in document("job", str(job.id))

@@ -113,8 +113,8 @@ def test_after_two_deaths_it_is_cut_into_suspects_of_what_is_missing(client: Cli
     assert parts == [("available", 1, 2, 0, 5)] * 16
     assert claim(db, 2).suspect
     assert not lease_of_a_new_job(client, db).suspect
-    found = client.job(job.id)
-    assert (found.state, found.contents, found.embedded, found.remaining) == (JobState.RUNNING, 20, 4, 16)
+    job_now = client.job(job.id)
+    assert (job_now.state, job_now.contents, job_now.embedded, job_now.remaining) == (JobState.RUNNING, 20, 4, 16)
 
 
 def lease_of_a_new_job(client: Client, db: sa.Engine) -> Lease:
@@ -141,9 +141,9 @@ def test_what_kills_alone_is_buried_with_the_evidence_and_its_neighbours_finish(
     with db.begin() as conn:
         (space,) = registry.all_spaces(conn)
         assert finish_if_done(conn, job.id, space) is JobState.FAILED
-    found = client.job(job.id)
-    (dead,) = found.dead_chunks
-    assert (found.embedded, found.remaining, dead.chunk_id, dead.code) == (2, 0, "id-1", "kills_workers")
+    job_now = client.job(job.id)
+    (dead,) = job_now.dead_chunks
+    assert (job_now.embedded, job_now.remaining, dead.chunk_id, dead.code) == (2, 0, "id-1", "kills_workers")
     assert "host:7, exit 7; host:8, exit 8" in dead.reason
     # Tried again it stays a suspect, with two lives more.
     assert client.retry(job.id).state is JobState.RUNNING

@@ -128,7 +128,7 @@ def place(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def prepare(page: str, command: str) -> None:
         monkeypatch.chdir(tmp_path)
         texts = [{"id": f"c{i}", "text": f"number {i}"} for i in range(5)]
-        Path("chunks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in texts))
+        Path("chunks.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         _sources()
         paid = page == "openai" or "--route" in command
         for name, value in {

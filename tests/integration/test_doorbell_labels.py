@@ -26,14 +26,14 @@ def sent(broker: Broker, queue: str) -> list[bytes]:
 
 def messages(broker: Broker, queue: str) -> list[tuple[list[int], str, dict[str, Any], int]]:
     """Arguments, both parts of the label, and the size, in the order of arrival."""
-    found = []
+    bells = []
     for raw in sent(broker, queue):
         message = json.loads(raw)
         arguments, kwargs, _ = json.loads(base64.b64decode(message["body"]))
         assert kwargs == {}
         headers = message["headers"]
-        found.append((arguments, headers["argsrepr"], ast.literal_eval(headers["kwargsrepr"]), len(raw)))
-    return found
+        bells.append((arguments, headers["argsrepr"], ast.literal_eval(headers["kwargsrepr"]), len(raw)))
+    return bells
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_a_doorbell_says_what_it_is_about(
         for name in ("docs", "{'a': 1}\n…")
     ]
     ring_again(lost)
-    found = messages(broker, "gpu")
-    assert [label for _, label, _, _ in found] == [f"ChunkBatch {number}" for (number,), *_ in found]
-    shown = sorted((about["job"], about["collection"], about["contents"]) for _, _, about, _ in found)
+    bells = messages(broker, "gpu")
+    assert [label for _, label, _, _ in bells] == [f"ChunkBatch {number}" for (number,), *_ in bells]
+    shown = sorted((about["job"], about["collection"], about["contents"]) for _, _, about, _ in bells)
     assert shown == [
         (jobs[0], "docs", 1),
         (jobs[0], "docs", 2),

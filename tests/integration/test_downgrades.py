@@ -68,14 +68,14 @@ CATALOGUE = {
 def schema_of(db: sa.Engine) -> Schema:
     """All that Postgres knows of our tables, except their rows."""
     with db.begin() as conn:
-        found = {
+        catalogue = {
             kind: sorted((tuple(row) for row in conn.execute(sa.text(query))), key=repr)
             for kind, query in CATALOGUE.items()
         }
-        if ("schema_compatibility", "r", "p", None) in found["tables"]:
+        if ("schema_compatibility", "r", "p", None) in catalogue["tables"]:
             said = conn.execute(sa.text("SELECT oldest_code FROM schema_compatibility"))
-            found["what older code may run on it"] = [tuple(row) for row in said]
-    return found
+            catalogue["what older code may run on it"] = [tuple(row) for row in said]
+    return catalogue
 
 
 def differences(schema: Schema, wanted: Schema) -> dict[str, object]:

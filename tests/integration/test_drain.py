@@ -89,8 +89,8 @@ def test_a_worker_that_hangs_gives_back_what_it_holds_and_nothing_else(
 
     with context.db.begin() as conn:
         accounts = conn.execute(sa.text("SELECT contents, outcome FROM usage ORDER BY contents")).all()
-        again = [chunk_batches.claim_if_due(conn, each.chunk_batch_id, owner="third", **claim) for each in leases]
-        taken = [provider_batches.claim_if_due(conn, each.id, owner="third", server="here", **claim) for each in steps]
+        again = [chunk_batches.claim_if_due(conn, lease.chunk_batch_id, owner="third", **claim) for lease in leases]
+        taken = [provider_batches.claim_if_due(conn, step.id, owner="third", server="here", **claim) for step in steps]
     assert [tuple(row) for row in accounts] == [(7, "released"), (8, None)]
     assert again[0] is not None and again[1] is None
     assert again[0].max_attempts - again[0].attempt == leases[0].max_attempts - leases[0].attempt

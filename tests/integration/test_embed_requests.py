@@ -360,4 +360,4 @@ def _answer(db: sa.Engine, asked: list[Future[object]]) -> bool:
         numbers = np.array([[float(text)] for text in request.texts], np.float32)
         with db.begin() as conn:
             embed_requests.answer(conn, request.id, np.repeat(numbers, 384, axis=1))
-    return all(each.done() for each in asked)
+    return all(request.done() for request in asked)

@@ -428,11 +428,11 @@ def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
 
 
 def test_what_a_look_found_is_said_until_the_next_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed_over, found = PassedOver(), {1: True, 2: False}
-    monkeypatch.setattr(fill, "_is_passed_over", lambda conn, job_id: found[job_id])
+    passed_over, lacking = PassedOver(), {1: True, 2: False}
+    monkeypatch.setattr(fill, "_is_passed_over", lambda conn, job_id: lacking[job_id])
     with scene.db.begin() as conn:
         assert [passed_over.says(conn, job) for job in (1, 2)] == [True, False]
-        found.update({1: False, 2: True})
+        lacking.update({1: False, 2: True})
         assert [passed_over.says(conn, job) for job in (1, 2)] == [True, False]
         later = time.monotonic() + fill.LOOK_AGAIN_SECONDS
         monkeypatch.setattr(fill.time, "monotonic", lambda: later)

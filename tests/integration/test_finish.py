@@ -115,7 +115,7 @@ def test_a_poller_ends_a_job_beside_one_that_goes_on(
     hands.write(lease.space_id, [SAME])
     hands.complete(lease, n_embedded=1)
     assert Poller(db, broker, settings).round().finished == 1
-    assert [client.job(each.id).state for each in (job, other)] == [JobState.COMPLETED, JobState.RUNNING]
+    assert [client.job(one_job.id).state for one_job in (job, other)] == [JobState.COMPLETED, JobState.RUNNING]
 
 
 def test_the_counts_of_a_chunk_batch_that_is_opened_again_begin_anew(

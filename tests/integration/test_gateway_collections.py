@@ -138,7 +138,7 @@ def test_a_wrong_search_is_refused(scene: GatewayScene, body: dict[str, Any], pa
 
 
 def test_collections_are_listed_as_far_as_a_key_may_see(scene: GatewayScene) -> None:
-    listed = {each["name"]: each for each in scene.http.get("/v1/collections").json()["collections"]}
+    listed = {collection["name"]: collection for collection in scene.http.get("/v1/collections").json()["collections"]}
     assert listed.keys() == {DOCS, ODD}
     assert (listed[ODD]["chunks"], listed[ODD]["embedded"], listed[DOCS]["aliases"]) == (6, 6, [ALIAS])
     for key, name in ((DOCS_ONLY, DOCS), (ODD_ONLY, ODD)):

@@ -52,8 +52,8 @@ def two(stack: StackStatus) -> Iterator[Two]:
         open_ones.callback(db.dispose)
         worker = open_ones.enter_context(stand_in_worker(db))
         gateways = [open_ones.enter_context(running_gateway(settings, endpoints=ENDPOINTS)) for _ in range(2)]
-        for each in gateways:
-            each.gateway.hosts = LOOPBACK_NAMES
+        for gateway in gateways:
+            gateway.gateway.hosts = LOOPBACK_NAMES
         yield Two(settings, db, worker, (gateways[0], gateways[1]))
 
 
@@ -317,9 +317,9 @@ def test_open_connections_without_a_request_make_room_for_those_with_one(
 def protocol_of(gateway: RunningGateway) -> type[protocol.GatewayProtocol]:
     port = int(gateway.url.rpartition(":")[2])
     (one,) = {
-        type(each)
-        for each in gc.get_objects()
-        if isinstance(each, protocol.GatewayProtocol) and each.server and each.server[1] == port
+        type(get_object)
+        for get_object in gc.get_objects()
+        if isinstance(get_object, protocol.GatewayProtocol) and get_object.server and get_object.server[1] == port
     }
     return one
 

@@ -51,11 +51,11 @@ def test_of_two_gatherings_at_once_only_one_takes_the_room_that_is_left_for_one(
     looked, go_on = threading.Event(), threading.Event()
 
     def look_slowly(conn: sa.Connection, given: Settings, space: Space) -> Room:
-        found = room(conn, given, space)
+        space_left = room(conn, given, space)
         if not looked.is_set():
             looked.set()
             go_on.wait(PATIENCE)
-        return found
+        return space_left
 
     monkeypatch.setattr(gather, "room", look_slowly)
     ended: list[Step | None] = []

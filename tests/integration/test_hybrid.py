@@ -359,9 +359,9 @@ def test_any_of_the_words_is_enough_and_a_rarer_word_says_more(client: Client, d
     fill(client, db, "others", {f"z{i}": f"zebra {i}" for i in range(30)})
     for name in ("docs", "others"):
         client.keywords(name, language="english")
-    found = by_words(db, "docs", "which bird meets the zebra", most=30)
-    assert found[0] == "z"
-    assert len(found) == 21
+    ids = by_words(db, "docs", "which bird meets the zebra", most=30)
+    assert ids[0] == "z"
+    assert len(ids) == 21
 
 
 def test_a_phrase_and_a_prefix_find_what_they_say(client: Client, db: sa.Engine) -> None:
@@ -429,9 +429,9 @@ def test_both_scores_of_every_candidate_are_its_own(
     unit = vector_of(PETS["dog"]) / np.linalg.norm(vector_of(PETS["dog"]))
     with db.begin() as conn:
         nearest = searching.search(conn, space, unit, collection_id=row.id, k=1)
-        found = keywords.candidates(conn, index, space, unit, "goldfish swim dog", nearest, most=1)
+        candidates = keywords.candidates(conn, index, space, unit, "goldfish swim dog", nearest, most=1)
     of_fish = vector_of(PETS["fish"]) / np.linalg.norm(vector_of(PETS["fish"]))
-    scores = {one.chunk_id: one for one in found}
+    scores = {one.chunk_id: one for one in candidates}
     assert scores.keys() == {"dog", "fish"}
     assert scores["fish"].cosine == pytest.approx(float(unit @ of_fish), abs=1e-6)
     assert 0 < scores["dog"].keyword < scores["fish"].keyword

@@ -101,8 +101,8 @@ def test_both_spaces_are_judged_by_the_same_queries_and_the_report_names_no_text
     hits = [vouching.search(f"what is known of the {name}?", collection="docs", timeout=PATIENCE) for name in ANIMALS]
     expected = np.mean(
         [
-            sum(hit.chunk_id.startswith(f"{name}-") for hit in found) / 3
-            for name, found in zip(ANIMALS, hits, strict=True)
+            sum(hit.chunk_id.startswith(f"{name}-") for hit in animal) / 3
+            for name, animal in zip(ANIMALS, hits, strict=True)
         ]
     )
     assert told.changes.recall.old == pytest.approx(expected)

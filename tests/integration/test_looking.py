@@ -52,9 +52,9 @@ def seen(db: sa.Engine, settings: Settings) -> snapshot.Snapshot:
         return snapshot.take(conn, settings)
 
 
-def execute(db: sa.Engine, statement: str, **facts: object) -> None:
+def execute(db: sa.Engine, statement: str, **parameters: object) -> None:
     with db.begin() as conn:
-        conn.execute(sa.text(statement), facts)
+        conn.execute(sa.text(statement), parameters)
 
 
 def reporter(context: WorkerContext, counts: Counts, held: int = 0) -> Reporter:
@@ -104,7 +104,7 @@ def test_what_waits_out_a_pause_is_not_the_oldest(client: Client, db: sa.Engine,
 
 def test_pollers_of_another_database_are_not_counted(db: sa.Engine, settings: Settings, stack: StackStatus) -> None:
     with fresh_settings(stack) as elsewhere:
-        engines = [create_db(each.require_database_url(), role="poller") for each in (settings, elsewhere, elsewhere)]
+        engines = [create_db(one.require_database_url(), role="poller") for one in (settings, elsewhere, elsewhere)]
         try:
             with engines[0].connect() as one, engines[1].connect() as two, engines[2].connect() as three:
                 for conn in (one, two, three):
@@ -173,12 +173,12 @@ def test_a_worker_says_what_it_did_in_its_last_minute(
     thread = reporter(context, counts, held=2)
     counts.add_all(((m.CONTENTS, 30), (m.TOKENS, 600), (m.PADDED_TOKENS, 800), (m.ENGINE_SECONDS, 0.5)))
     thread.report()
-    found = seen(db, settings).workers
-    assert [(w.name, w.label, w.contents, w.tokens, w.padded_tokens, w.held) for w in found] == [
+    workers = seen(db, settings).workers
+    assert [(w.name, w.label, w.contents, w.tokens, w.padded_tokens, w.held) for w in workers] == [
         ("test-worker", "cpu-1@here", 30, 600, 800, 2)
     ]
-    assert found[0].window_seconds > 0
-    assert not found[0].is_silent
+    assert workers[0].window_seconds > 0
+    assert not workers[0].is_silent
     assert lane_states(seen(db, settings))[Route.LOCAL] == "running"
     assert dict(counts.series(m.HELD, frozenset({Role.WORKER}))) == {(): 2}
     execute(db, "UPDATE worker_reports SET seen_at = now() - interval '1 minute'")
@@ -256,11 +256,11 @@ def test_a_look_and_its_metrics(client: Client, db: sa.Engine, settings: Setting
         watcher.close()
     assert (view.postgres_error, view.redis_error) == (None, None)
     assert view.doorbells == {"gpu": 1, "openai": 0}
-    found = {(metric.name, labels): value for metric, labels, value in samples(view)}
-    assert found["chunkmill_ready_chunk_batches", ("local",)] == 1
-    assert found["chunkmill_lane_state", ("local", "idle")] == 1
-    assert found["chunkmill_jobs", ("running",)] == 1
-    assert found["chunkmill_budget_usd", ()] == 50
+    values = {(metric.name, labels): value for metric, labels, value in samples(view)}
+    assert values["chunkmill_ready_chunk_batches", ("local",)] == 1
+    assert values["chunkmill_lane_state", ("local", "idle")] == 1
+    assert values["chunkmill_jobs", ("running",)] == 1
+    assert values["chunkmill_budget_usd", ()] == 50
     assert {metric for metric, _, _ in samples(view)} == set(m.LEDGER)
     # Away, it says no more of the ledger than that.
     blind = samples(replace(view, postgres_error="gone"))

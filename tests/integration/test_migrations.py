@@ -140,13 +140,13 @@ def test_vector_tables_keep_what_fits_a_page_inline(
         space = registry.register(conn, spec, storage=storage)
         assert registry.register(conn, spec, storage=storage) == space
         assert registry.get(conn, space.id) == registry.find(conn, spec.fingerprint) == space
-        found = conn.execute(
+        attstorage = conn.execute(
             sa.text(
                 "SELECT attstorage::text FROM pg_attribute WHERE attrelid = to_regclass(:t) AND attname = 'embedding'"
             ),
             {"t": space.table_name},
         ).scalar_one()
-    assert found == strategy
+    assert attstorage == strategy
 
 
 def test_a_negative_charge_of_an_older_release_becomes_nothing(empty: str) -> None:

@@ -47,8 +47,8 @@ def make(settings: Settings) -> Iterator[Make]:
         return made[-1]
 
     yield build
-    for each in made:
-        each.close()
+    for server in made:
+        server.close()
 
 
 @pytest.fixture
@@ -264,7 +264,9 @@ def test_each_warning_is_given_once_by_any_number_of_pollers(
     assert (all_watch(), all_watch()) == ([80], [])
     charge(db, space, "2")
     assert (all_watch(), all_watch()) == ([100], [])
-    assert [(each["event"], each["percent"], Decimal(each["spent_usd"]), each["limit_usd"]) for each in received] == [
+    assert [
+        (notice["event"], notice["percent"], Decimal(notice["spent_usd"]), notice["limit_usd"]) for notice in received
+    ] == [
         ("budget", 80, 8, "10"),
         ("budget", 100, 10, "10"),
     ]
@@ -291,7 +293,7 @@ def test_what_a_webhook_did_not_take_is_given_again_and_its_address_is_not_logge
     assert received == []
     assert watch_budget(db, limited) == 100
     assert watch_budget(db, limited) is None
-    assert [each["percent"] for each in received] == [100]
+    assert [notice["percent"] for notice in received] == [100]
     assert "HTTP 500" in caplog.text
     assert "ConnectionRefusedError" in caplog.text
     assert SECRET not in caplog.text
@@ -437,29 +439,29 @@ def test_costs_by_group_with_local_work_beside(make: Make, db: sa.Engine, space:
     charge(db, space, "0.5", job=0, tokens=25_000_000, route=Route.OPENAI_SYNC, provider_batch=0)
     local_job = book_local_work(db, client, tokens=1_000_000, seconds=3600)
 
-    def facts(by: str, since: date | None = None) -> list[tuple[str, str, int, str | None]]:
+    def amounts(by: str, since: date | None = None) -> list[tuple[str, str, int, str | None]]:
         return [
             (r.key, r.route.value, r.tokens, str(r.usd.normalize()))
             for r in client.usage(by, since=since).rows
             if r.usd
         ]
 
-    assert facts("route") == [
+    assert amounts("route") == [
         ("local", "local", 1_000_000, "2"),
         ("openai", "openai", 400_000_000, "4"),
         ("openai-sync", "openai-sync", 25_000_000, "0.5"),
     ]
-    assert facts("model") == [
+    assert amounts("model") == [
         ("all-MiniLM-L6-v2", "local", 1_000_000, "2"),
         (SMALL, "openai", 400_000_000, "4"),
         (SMALL, "openai-sync", 25_000_000, "0.5"),
     ]
-    assert {(job, route) for job, route, _, _ in facts("job")} == {
+    assert {(job, route) for job, route, _, _ in amounts("job")} == {
         ("0", "openai-sync"), (str(local_job), "local"), ("7", "openai"),
     }  # fmt: skip
-    assert len(facts("month")) == len(facts("day")) == 4
+    assert len(amounts("month")) == len(amounts("day")) == 4
     this_month = client.usage().budget.month
-    assert len(facts("month", since=this_month)) == 3
+    assert len(amounts("month", since=this_month)) == 3
     costs = client.usage(CostsBy.ROUTE)
     assert [row.usd_per_million for row in costs.rows] == [2, Decimal("0.01"), Decimal("0.02")]
     assert (costs.budget.spent, costs.budget.limit) == (Decimal("3.5"), 10)

@@ -357,8 +357,8 @@ def test_a_name_under_tmp_that_another_user_took_blocks_nobody(folder: Path) -> 
 
 
 def modes_above(path: Path) -> list[tuple[Path, int, int, int]]:
-    found = [(folder, folder.stat()) for folder in path.parents]
-    return [(folder, status.st_mode, status.st_uid, status.st_gid) for folder, status in found]
+    folders = [(folder, folder.stat()) for folder in path.parents]
+    return [(folder, status.st_mode, status.st_uid, status.st_gid) for folder, status in folders]
 
 
 @needs_root

@@ -19,7 +19,10 @@ N = 10
 
 
 def dead_list(stage: Scene, job_id: int) -> dict[str, tuple[str, str]]:
-    return {each.chunk_id: (each.code, each.reason) for each in stage.corridor.client.dead_chunks(job_id)}
+    return {
+        dead_chunk.chunk_id: (dead_chunk.code, dead_chunk.reason)
+        for dead_chunk in stage.corridor.client.dead_chunks(job_id)
+    }
 
 
 # Requests that failed
@@ -71,9 +74,9 @@ def test_what_fails_every_time_is_dead_after_the_last_attempt(stage: Scene, serv
     [job] = stage.finish(stage.enqueue(texts))
 
     assert job.state == "failed"
-    found = dead_list(stage, job.id)
-    assert {name: code for name, (code, _) in found.items()} == {"c0": "server_error", "c1": "server_error"}
-    assert "no vector after 5 attempts" in found["c0"][1] and "Sorry." in found["c0"][1]
+    dead = dead_list(stage, job.id)
+    assert {name: code for name, (code, _) in dead.items()} == {"c0": "server_error", "c1": "server_error"}
+    assert "no vector after 5 attempts" in dead["c0"][1] and "Sorry." in dead["c0"][1]
     assert stage.bill(texts) == {}
     stage.check_books()
 
@@ -499,7 +502,7 @@ def test_a_download_that_always_ends_early(stage: Scene, server: OpenAIServer, k
     assert bill.keys() == texts.keys() and set(bill.values()) <= {1, 2}
     assert len(lost) < N or kind == "cut_body", "a connection that was cut gives nothing of a small file"
     assert stage.oddities()["unanswered"] == len(lost)
-    tokens = sum(each["tokens"] for each in stage.charges())
+    tokens = sum(charge["tokens"] for charge in stage.charges())
     booked = stage.corridor.one("SELECT sum(tokens)::int FROM charges")
     stage.check_done(job, texts, unanswered_contents=len(lost), unanswered_tokens=tokens - booked)
     assert stage.charged_attempts() == 2
@@ -542,7 +545,7 @@ def test_a_line_without_an_answer_is_paid_and_lost(
     assert stage.oddities()["unanswered"] == len(lost)
     if oddity:
         assert stage.oddities()[oddity] == 1
-    tokens = sum(each["tokens"] for each in stage.charges())
+    tokens = sum(charge["tokens"] for charge in stage.charges())
     booked = stage.corridor.one("SELECT sum(tokens)::int FROM charges")
     stage.check_done(job, texts, unanswered_contents=len(lost), unanswered_tokens=tokens - booked)
     assert stage.charged_attempts() == 2
@@ -584,8 +587,8 @@ def test_a_vector_that_is_never_one_is_dead(stage: Scene, server: OpenAIServer) 
     [job] = stage.finish(stage.enqueue(texts))
 
     assert job.state == "failed"
-    found = dead_list(stage, job.id)
-    assert found["bad"][0] == "bad_vector" and "zero" in found["bad"][1]
+    dead = dead_list(stage, job.id)
+    assert dead["bad"][0] == "bad_vector" and "zero" in dead["bad"][1]
     assert stage.bill(texts)["bad"] == stage.corridor.settings.max_attempts
     stage.check_books()
 

@@ -132,7 +132,7 @@ def test_the_months_money_is_never_exceeded(
             stage.hurry()
             stage.corridor.turn()
         assert lanes()[0].held_reason is not None
-        assert 5_000 < sum(each["tokens"] for each in stage.charges()) <= 10_000
+        assert 5_000 < sum(charge["tokens"] for charge in stage.charges()) <= 10_000
 
         poor, stage.corridor = stage.corridor, Corridor(settings_for(settings, server), server)
         [job] = stage.finish(job)
@@ -149,14 +149,14 @@ def test_the_months_money_holds_plain_requests_too(
 ) -> None:
     with scene(settings, server, request, openai_monthly_budget_usd=Decimal("0.0003")) as stage:
         texts = [{f"c{i}": words(stage, i, 900) for i in range(first, first + 10)} for first in (0, 10)]
-        jobs = [stage.enqueue(each, route="openai-sync") for each in texts]  # each costs two thirds of it
+        jobs = [stage.enqueue(text, route="openai-sync") for text in texts]  # each costs two thirds of it
         lanes = stage.corridor.client.lanes
         stage.run_until(lambda: lanes()[1].held_reason)
         for _ in range(3):
             stage.hurry()
             stage.corridor.turn()
         assert [stage.corridor.client.job(job.id).state for job in jobs] == ["completed", "running"]
-        assert sum(each["tokens"] for each in stage.charges()) <= 15_000
+        assert sum(charge["tokens"] for charge in stage.charges()) <= 15_000
 
         poor, stage.corridor = stage.corridor, Corridor(settings_for(settings, server), server)
         jobs = stage.finish(*jobs)
@@ -341,7 +341,7 @@ def pooled(first: str, tokens: int) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("route", ["openai", "openai-sync"])
 @pytest.mark.parametrize("on_long", ["truncate", "reject", "split"])
 def test_long_texts(stage: Scene, server: OpenAIServer, on_long: str, route: str) -> None:
-    texts = {name: long_text(*each) for name, each in LONG.items()}
+    texts = {name: long_text(*form) for name, form in LONG.items()}
 
     [job] = stage.finish(stage.enqueue(texts, on_long=on_long, route=route))
 
@@ -355,13 +355,13 @@ def test_long_texts(stage: Scene, server: OpenAIServer, on_long: str, route: str
         assert (job.state, job.truncated) == ("completed", 0)
     else:  # as if they had been refused at the door
         assert (job.state, job.dead) == ("completed", 2)
-        dead = {each.chunk_id: each for each in stage.corridor.client.dead_chunks(job.id)}
-        assert {name: each.code for name, each in dead.items()} == {"over": "too_long", "far": "too_long"}
+        dead = {dead_chunk.chunk_id: dead_chunk for dead_chunk in stage.corridor.client.dead_chunks(job.id)}
+        assert {name: dead_chunk.code for name, dead_chunk in dead.items()} == {"over": "too_long", "far": "too_long"}
         assert "20000" in dead["far"].reason.replace(",", "")
     assert vectors.keys() == expected.keys()
     for name, vector in expected.items():
         np.testing.assert_allclose(vectors[name], vector, atol=1e-6, err_msg=name)
-    windows = sum(each["inputs"] for each in stage.charges())
+    windows = sum(charge["inputs"] for charge in stage.charges())
     contents = stage.corridor.one("SELECT sum(contents)::int FROM charges")
     assert windows - contents == (3 if on_long == "split" else 0)
     stage.check_books(unanswered_contents=windows - contents)
@@ -378,7 +378,7 @@ def test_a_job_that_refuses_long_texts_refuses_what_another_had_cut(stage: Scene
 
     assert (cut.state, cut.embedded, cut.truncated, cut.dead) == ("completed", 2, 1, 0)
     assert (whole.state, whole.embedded, whole.truncated, whole.dead) == ("completed", 1, 0, 1)
-    assert [each.code for each in whole.dead_chunks] == ["too_long"]
+    assert [dead_chunk.code for dead_chunk in whole.dead_chunks] == ["too_long"]
     assert stage.corridor.client.vectors("whole").keys() == {"short"}
 
 
@@ -413,10 +413,10 @@ def test_an_empty_text_never_leaves_the_house(stage: Scene, server: OpenAIServer
 
     [job] = stage.finish(stage.enqueue({**texts, "empty": "", "blank": " \n"}, on_invalid="skip"))
 
-    assert {each.chunk_id: each.code for each in stage.corridor.client.dead_chunks(job.id)} == {
+    assert {dead_chunk.chunk_id: dead_chunk.code for dead_chunk in stage.corridor.client.dead_chunks(job.id)} == {
         "empty": "empty_text",
         "blank": "empty_text",
     }
-    assert sum(each["inputs"] for each in stage.charges()) == 3
+    assert sum(charge["inputs"] for charge in stage.charges()) == 3
     stage.corridor.check_vectors(texts)
     stage.check_books()

@@ -391,7 +391,7 @@ def test_plain_requests_and_batches_share_what_is_in_flight(stage: Scene, server
     batch = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
     plain = stage.enqueue({**texts, **stage.texts(2, first=50)}, collection="other", route="openai-sync")
-    stage.run_until(lambda: any(each["kind"] == "sync" for each in stage.charges()))
+    stage.run_until(lambda: any(charge["kind"] == "sync" for charge in stage.charges()))
     server.control(in_progress_seconds=0.0)
 
     batch, plain = stage.finish(batch, plain)
@@ -532,7 +532,7 @@ def test_what_somebody_waits_for_is_booked_request_by_request(stage: Scene, serv
     for vector, text in zip(asked.result(), texts, strict=True):
         assert np.allclose(vector, vector_for(text, DIMENSIONS), atol=1e-6)
     booked = stage.corridor.rows("SELECT contents, tokens FROM charges")
-    assert booked == [{"contents": N, "tokens": sum(each["tokens"] for each in stage.charges())}]
+    assert booked == [{"contents": N, "tokens": sum(charge["tokens"] for charge in stage.charges())}]
 
 
 def test_what_was_answered_before_a_failure_is_booked(stage: Scene, server: OpenAIServer) -> None:
@@ -544,7 +544,7 @@ def test_what_was_answered_before_a_failure_is_booked(stage: Scene, server: Open
     with pytest.raises(EngineError):
         asked.result()
     assert stage.corridor.one("SELECT sum(contents)::int FROM charges") == 4
-    assert sum(each["inputs"] for each in stage.charges()) == 4
+    assert sum(charge["inputs"] for charge in stage.charges()) == 4
 
 
 def test_whoever_waits_shares_the_lanes_pause_and_its_stop(stage: Scene, server: OpenAIServer) -> None:

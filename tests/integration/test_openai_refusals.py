@@ -200,7 +200,7 @@ def test_vectors_that_become_wrong_stop_the_lane_after_one_request(stage: Scene,
     stage.run_until(lambda: client.lanes()[PLAIN].is_stopped)
     turns(stage)
 
-    assert sum(each["inputs"] for each in stage.charges()) == 1 + 4 + 1
+    assert sum(charge["inputs"] for charge in stage.charges()) == 1 + 4 + 1
     stage.check_books()
     assert [client.job(job.id).dead for job in jobs] == [0, 0]
 
@@ -245,7 +245,7 @@ def test_bad_texts_are_refused_alone_although_all_are_refused_with_the_same_word
     [job] = stage.finish(stage.enqueue(texts, route="openai-sync"))
 
     dead = stage.corridor.client.dead_chunks(job.id)
-    assert {each.chunk_id for each in dead} == bad
+    assert {dead_chunk.chunk_id for dead_chunk in dead} == bad
     assert stage.bill(texts) == {name: 1 for name in texts if name not in bad}
     assert stage.corridor.client.lanes()[PLAIN].state == "idle"
     stage.check_books()
@@ -281,7 +281,7 @@ def test_a_request_that_takes_too_long_is_sent_smaller_and_booked(stage: Scene, 
     assert booked(stage) == {"charged": N}
     assert booked(stage, "adjustments") == {"maybe_charged": 4 + 2}
     tokens = stage.corridor.one("SELECT sum(tokens)::int FROM adjustments")
-    charged = sum(each["tokens"] for each in stage.charges())
+    charged = sum(charge["tokens"] for charge in stage.charges())
     assert charged == tokens + stage.corridor.one("SELECT sum(tokens)::int FROM charges")
 
 

@@ -116,9 +116,9 @@ def test_a_vector_of_another_space_cannot_be_written(runner: Runner, client: Cli
     space = _space(context)
     other = dataclasses.replace(space.spec, revision="sha256:other")
     one = np.ones((1, 384), dtype=np.float32)
-    facts = ([bytes(32)], np.ones(1, dtype=np.int32), np.zeros(1, dtype=bool), one)
+    arguments = ([bytes(32)], np.ones(1, dtype=np.int32), np.zeros(1, dtype=bool), one)
     with pytest.raises(SpaceMismatch, match="cannot enter space"), context.db.begin() as conn:
-        write_vectors(conn, space, other.fingerprint, *facts)
+        write_vectors(conn, space, other.fingerprint, *arguments)
     with context.db.begin() as conn:
         conn.execute(
             sa.text('UPDATE spaces SET fingerprint = :f, spec = spec || \'{"revision": "sha256:other"}\''),
@@ -428,9 +428,9 @@ def test_search_goes_through_the_graph_and_filters_inside_it(
     statements: list[tuple[str, Any]] = []
     listener = lambda *args: statements.append((args[2], args[3]))  # noqa: E731
     sa.event.listen(client._db, "before_cursor_execute", listener)
-    found = client.search(query, collection="docs", k=5, metadata={"even": True})
+    hits = client.search(query, collection="docs", k=5, metadata={"even": True})
     sa.event.remove(client._db, "before_cursor_execute", listener)
-    assert [h.chunk_id for h in found] == [h.chunk_id for h in exact]
+    assert [h.chunk_id for h in hits] == [h.chunk_id for h in exact]
     statement, parameters = statements[-1]
     with db.begin() as conn:
         # Eighty rows are too few for the planner to prefer an index on its own.

@@ -74,9 +74,9 @@ def watch() -> Iterator[Callable[..., Watch]]:
         return started[-1]
 
     yield start
-    for each in started:
-        each.watcher.stop()
-    assert all(each.ended() for each in started)
+    for worker in started:
+        worker.watcher.stop()
+    assert all(process.ended() for process in started)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -541,17 +541,17 @@ def test_it_ends_while_it_connects(watch: Callable[..., Watch]) -> None:
         address = listener.getsockname()
         waiting = [socket.socket() for _ in range(4)]
         try:
-            for each in waiting:
-                each.setblocking(False)
-                each.connect_ex(address)
+            for waiter in waiting:
+                waiter.setblocking(False)
+                waiter.connect_ex(address)
             watching = Watch(f"http://127.0.0.1:{address[1]}", "gcp")
             watching.watcher.start()
             watching.watcher.join(0.2)
             watching.watcher.stop()
             assert watching.ended()
         finally:
-            for each in waiting:
-                each.close()
+            for thread in waiting:
+                thread.close()
 
 
 def test_one_that_is_stopped_before_it_starts_asks_nobody() -> None:

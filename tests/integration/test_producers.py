@@ -65,14 +65,14 @@ def abandoned(db: sa.Engine) -> list[int]:
 
 def test_a_job_that_can_be_seen_has_its_producers_lock(producer: Client, db: sa.Engine) -> None:
     """A poller looks before each statement of the producer, and finds no job that seems to be abandoned."""
-    found: list[int] = []
+    pids: list[int] = []
 
     @sa.event.listens_for(producer._db, "before_cursor_execute")
     def look(*_: object) -> None:
-        found.extend(abandoned(db))
+        pids.extend(abandoned(db))
 
     job = producer.enqueue(stream(15), collection="docs", on_invalid="skip")
-    assert found == []
+    assert pids == []
     assert job.state is JobState.RUNNING
 
 
@@ -110,14 +110,14 @@ def test_another_live_producer_keeps_no_job_open(producer: Client, db: sa.Engine
 def test_a_producer_is_found_alive_whatever_the_number_of_its_job(producer: Client, db: sa.Engine, number: int) -> None:
     with db.begin() as conn:
         conn.execute(sa.text(f"ALTER TABLE jobs ALTER COLUMN id RESTART WITH {number}"))
-    found: list[list[int]] = []
+    sizes: list[list[int]] = []
 
     def alive() -> Iterator[tuple[str, str]]:
         yield from stream(15)
-        found.append(abandoned(db))
+        sizes.append(abandoned(db))
 
     assert producer.enqueue(alive(), collection="docs", on_invalid="skip").id == number
-    assert found == [[]]
+    assert sizes == [[]]
     dead = die(producer)
     assert (dead, abandoned(db)) == (number + 1, [dead])
 
@@ -126,13 +126,15 @@ def test_a_producer_whose_lock_cannot_be_given_back_does_not_keep_it(producer: C
     """The server refuses the unlock. The lock ends with the connection, which must not go back into the pool."""
 
     @sa.event.listens_for(producer._db, "before_cursor_execute", retval=True)
-    def refuse(_conn: object, _cursor: object, statement: str, facts: Any, *_: object) -> tuple[str, Any]:
-        return (statement.replace("SELECT", "SELECT 1 / 0,") if "pg_advisory_unlock" in statement else statement), facts
+    def refuse(_conn: object, _cursor: object, statement: str, parameters: Any, *_: object) -> tuple[str, Any]:
+        return (
+            statement.replace("SELECT", "SELECT 1 / 0,") if "pg_advisory_unlock" in statement else statement
+        ), parameters
 
     job = die(producer)
-    found: list[int] = []
-    until(lambda: found.extend(abandoned(db)) or found)  # the server ends the connection a moment later
-    assert found == [job]
+    counts: list[int] = []
+    until(lambda: counts.extend(abandoned(db)) or counts)  # the server ends the connection a moment later
+    assert counts == [job]
 
 
 def test_the_end_of_an_enqueue_seals_its_own_job_alone(producer: Client, db: sa.Engine) -> None:
@@ -328,11 +330,11 @@ def test_an_enqueue_that_postgres_undoes_because_of_a_deadlock_is_run_again(prod
     refused: list[str] = []
 
     @sa.event.listens_for(producer._db, "before_cursor_execute", retval=True)
-    def deadlock(_conn: object, _cursor: object, statement: str, facts: Any, *_: object) -> tuple[str, Any]:
+    def deadlock(_conn: object, _cursor: object, statement: str, parameters: Any, *_: object) -> tuple[str, Any]:
         if "UPDATE jobs SET n_chunks" in statement and len(refused) < 2:
             refused.append(statement)
             return "DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40P01'; END $$", None
-        return statement, facts
+        return statement, parameters
 
     job = producer.enqueue(stream(25), collection="docs")
     assert len(refused) == 2

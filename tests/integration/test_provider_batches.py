@@ -46,8 +46,8 @@ def rung(conn: sa.Connection) -> set[int]:
     return {bell.provider_batch_id for bell in provider_batches.take_due(conn, repair_seconds=60, limit=10)}
 
 
-def rows_of(conn: sa.Connection, query: str, **facts: Any) -> list[tuple[Any, ...]]:
-    return [tuple(row) for row in conn.execute(sa.text(query), facts)]
+def rows_of(conn: sa.Connection, query: str, **parameters: Any) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in conn.execute(sa.text(query), parameters)]
 
 
 # Who takes a step
@@ -171,8 +171,10 @@ def test_a_worker_that_leaves_gives_back_its_own_steps_and_cannot_change_them(
 
 
 def join(conn: sa.Connection, batch: int, *chunk_batches: int) -> None:
-    for each in chunk_batches:
-        conn.execute(sa.text("INSERT INTO provider_batch_members VALUES (:batch, :id)"), {"batch": batch, "id": each})
+    for chunk_batch in chunk_batches:
+        conn.execute(
+            sa.text("INSERT INTO provider_batch_members VALUES (:batch, :id)"), {"batch": batch, "id": chunk_batch}
+        )
 
 
 def enqueue(client: Client, n: int, prefix: str, **more: Any) -> int:
@@ -198,7 +200,7 @@ def test_a_batch_whose_own_chunk_batches_have_ended_is_cancelled(
 
         assert provider_batches.abandon_unwanted(conn) == [unwanted]
         assert provider_batches.abandon_unwanted(conn) == []
-        assert [claimed(conn, each).cancel_requested for each in (wanted, shared, unwanted)] == [False, False, True]
+        assert [claimed(conn, batch).cancel_requested for batch in (wanted, shared, unwanted)] == [False, False, True]
 
 
 @pytest.mark.parametrize("state", ["gathered", "uploaded", "creating", "submitted"])

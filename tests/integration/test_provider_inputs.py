@@ -35,12 +35,12 @@ def carriers(conn: sa.Connection, space: registry.Space) -> dict[bytes, int | No
     return provider_inputs.carriers(conn, space.id, [A, B, C, D])
 
 
-def rows_of(conn: sa.Connection, query: str, **facts: Any) -> list[tuple[Any, ...]]:
-    return [tuple(row) for row in conn.execute(sa.text(query), facts)]
+def rows_of(conn: sa.Connection, query: str, **parameters: Any) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in conn.execute(sa.text(query), parameters)]
 
 
-def execute(conn: sa.Connection, statement: str, **facts: Any) -> None:
-    conn.execute(sa.text(statement), facts)
+def execute(conn: sa.Connection, statement: str, **parameters: Any) -> None:
+    conn.execute(sa.text(statement), parameters)
 
 
 def enqueue(client: Client, texts: dict[str, str], *, collection: str = "docs", route: str = "openai-sync") -> int:
@@ -58,7 +58,7 @@ def claim(conn: sa.Connection, chunk_batch: int, owner: str) -> Lease:
 
 
 def inputs(*hashes: bytes) -> list[ProviderInput]:
-    return [ProviderInput(each, (Window("text", 10),), 10) for each in hashes]
+    return [ProviderInput(content_hash, (Window("text", 10),), 10) for content_hash in hashes]
 
 
 # Accounted for
@@ -94,7 +94,7 @@ def test_what_is_left_of_a_provider_batch_is_its_own(db: sa.Engine, small: regis
         add_inputs(conn, small, None, [D])
 
         assert provider_inputs.sent(conn, first) == {0: SentRequest(1, 10), 1: SentRequest(1, 10)}
-        assert {each.content_hash for each in provider_inputs.remove_all(conn, first)} == {A, B}
+        assert {provider_input.content_hash for provider_input in provider_inputs.remove_all(conn, first)} == {A, B}
         assert carriers(conn, small) == {C: second, D: None}
 
 
@@ -108,8 +108,8 @@ def test_requests_are_read_in_slices_that_neither_overlap_nor_leave_any_out(
         add_inputs(conn, large, second, [bytes([n]) * 32 for n in range(10, 15)])
 
         def sliced(batch: int, after: int, limit: int) -> list[int]:
-            found = provider_inputs.slice_of(conn, batch, after=after, limit=limit)
-            return [each.content_hash[0] for each in found]
+            contents = provider_inputs.slice_of(conn, batch, after=after, limit=limit)
+            return [content.content_hash[0] for content in contents]
 
         assert [sliced(first, after, 2) for after in (-1, 1, 3, 5)] == [[0, 1], [2, 3], [4], []]
         assert [sliced(second, after, 5) for after in (-1, 4)] == [[10, 11, 12, 13, 14], []]
@@ -121,7 +121,7 @@ def test_requests_are_read_in_slices_that_neither_overlap_nor_leave_any_out(
             conn, "UPDATE provider_inputs SET request_no = request_no - 32765 WHERE provider_batch_id = :id", id=second
         )
         asked = provider_inputs.of_requests(conn, second, [0, 4, 5])
-        assert {n: [each.content_hash[0] for each in rows] for n, rows in asked.items()} == {0: [10], 4: [14]}
+        assert {n: [row.content_hash[0] for row in rows] for n, rows in asked.items()} == {0: [10], 4: [14]}
 
 
 def test_texts_that_were_deleted_leave_their_own_provider_batch(db: sa.Engine, small: registry.Space) -> None:
@@ -153,7 +153,7 @@ def test_contents_are_an_attempts_own_if_they_are_put_in_flight_again(
             assert provider_inputs.add_own(conn, lease, inputs(A, B, D)) == {A, B}
         assert provider_inputs.add_own(conn, another, inputs(B, C)) == {C}
         owners = "SELECT content_hash, chunk_batch_id, attempt, job_id FROM provider_inputs ORDER BY 1"
-        mine, theirs = ((each.chunk_batch_id, each.attempt, each.job_id) for each in (lease, another))
+        mine, theirs = ((held.chunk_batch_id, held.attempt, held.job_id) for held in (lease, another))
         assert rows_of(conn, owners) == [(A, *mine), (B, *mine), (C, *theirs), (D, *theirs)]
 
 
@@ -180,16 +180,16 @@ def test_a_provider_batch_keeps_its_contents_although_the_attempt_that_brought_t
     with db.begin() as conn:
         batch = add_provider_batch(conn, small)
         old = claim(conn, brought, "w1")
-        facts = {"chunk_batch_id": old.chunk_batch_id, "attempt": old.attempt}
-        add_inputs(conn, small, batch, [A], **facts)
-        add_inputs(conn, small, None, [B], **facts)
+        carrier = {"chunk_batch_id": old.chunk_batch_id, "attempt": old.attempt}
+        add_inputs(conn, small, batch, [A], **carrier)
+        add_inputs(conn, small, None, [B], **carrier)
         execute(conn, "UPDATE chunk_batches SET state = :state WHERE id = :id", state=state, id=brought)
         lease = claim(conn, other, "w2")
 
         assert provider_inputs.add_own(conn, lease, inputs(A)) == set()
         provider_inputs.drop_left_behind(conn, small.id, [A, B])
         assert carriers(conn, small) == {A: batch}
-        add_inputs(conn, small, None, [C], **facts)
+        add_inputs(conn, small, None, [C], **carrier)
         provider_inputs.remove_own(conn, old)
         assert carriers(conn, small) == {A: batch}
 

@@ -22,12 +22,12 @@ def small(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings)
 
 
-def rows_of(conn: sa.Connection, query: str, **facts: Any) -> list[tuple[Any, ...]]:
-    return [tuple(row) for row in conn.execute(sa.text(query), facts)]
+def rows_of(conn: sa.Connection, query: str, **parameters: Any) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in conn.execute(sa.text(query), parameters)]
 
 
-def one_of(conn: sa.Connection, query: str, **facts: Any) -> Any:
-    return conn.execute(sa.text(query), facts).scalar_one()
+def one_of(conn: sa.Connection, query: str, **parameters: Any) -> Any:
+    return conn.execute(sa.text(query), parameters).scalar_one()
 
 
 def enqueue(client: Client, *texts: str, collection: str, **more: Any) -> int:
@@ -67,8 +67,8 @@ def close(conn: sa.Connection, *batches: int) -> None:
 
 
 def hash_of(conn: sa.Connection, text: str) -> bytes:
-    found: bytes = one_of(conn, "SELECT content_hash FROM contents WHERE text = :text", text=text)
-    return found
+    content_hash: bytes = one_of(conn, "SELECT content_hash FROM contents WHERE text = :text", text=text)
+    return content_hash
 
 
 def bury(conn: sa.Connection, job: int, text: str) -> None:
@@ -93,7 +93,7 @@ def test_a_failure_is_charged_to_the_attempt_that_had_it(client: Client, db: sa.
     one, other, ended = (enqueue(client, name, collection=name) for name in ("one", "other", "ended"))
     with db.begin() as conn:
         batch = add_provider_batch(conn, small)
-        first, another, over = (begin(conn, each, batch) for each in (one, other, ended))
+        first, another, over = (begin(conn, chunk_batch, batch) for chunk_batch in (one, other, ended))
         conn.execute(sa.text("UPDATE chunk_batches SET state = 'available' WHERE id = :id"), {"id": one})
         second = begin(conn, one, batch)
         conn.execute(sa.text("UPDATE chunk_batches SET state = 'cancelled' WHERE id = :id"), {"id": ended})
@@ -147,18 +147,21 @@ def test_what_waits_for_a_provider_batch_is_found_job_by_job(
         jobs = provider_work.open_jobs(conn, small)
         assert [job.id for job in jobs] == [waiting(conn, high).job_id, waiting(conn, low).job_id]
 
-        def found() -> list[list[int]]:
-            return [[each.id for each in provider_work.take_waiting(conn, small, job, limit=8)] for job in jobs]
+        def taken() -> list[list[int]]:
+            return [
+                [chunk_batch.id for chunk_batch in provider_work.take_waiting(conn, small, job, limit=8)]
+                for job in jobs
+            ]
 
-        assert found() == [[high], [low]]
+        assert taken() == [[high], [low]]
         provider_work.cut(conn, waiting(conn, high), 1)
         rest = one_of(conn, "SELECT max(id) FROM chunk_batches")
-        assert found() == [[high, rest], [low]]
-        parts = [waiting(conn, each).hashes for each in (high, rest)]
+        assert taken() == [[high, rest], [low]]
+        parts = [waiting(conn, chunk_batch).hashes for chunk_batch in (high, rest)]
         assert sorted(parts) == sorted((hash_of(conn, f"high {name}"),) for name in ("a", "b"))
         provider_work.postpone(conn, waiting(conn, high), delay_s=60)
         conn.execute(sa.text("UPDATE chunk_batches SET rung_at = now() WHERE id = :id"), {"id": low})
-        assert found() == [[rest], []]
+        assert taken() == [[rest], []]
         assert plain not in (high, low, rest)
 
 
@@ -170,7 +173,9 @@ def test_a_content_that_is_dead_in_another_job_is_sent_for_this_one(
         bury(conn, waiting(conn, refused).job_id, "shared")
         bury(conn, waiting(conn, own).job_id, "own")
 
-        missing = [provider_work.missing_texts(conn, small, waiting(conn, each)) for each in (refused, own)]
+        missing = [
+            provider_work.missing_texts(conn, small, waiting(conn, chunk_batch)) for chunk_batch in (refused, own)
+        ]
         sent = [set(texts.values()) for texts, _ in missing]
         assert sent == [{"refused"}, {"shared"}]
 
@@ -181,8 +186,8 @@ def test_a_content_that_is_dead_in_another_job_is_not_settled_for_this_one(
     refused, own = (enqueue(client, "shared", collection=name) for name in ("refused", "own"))
     with db.begin() as conn:
         batch = add_provider_batch(conn, small)
-        for each in (refused, own):
-            begin(conn, each, batch)
+        for chunk_batch in (refused, own):
+            begin(conn, chunk_batch, batch)
         bury(conn, waiting(conn, refused).job_id, "shared")
         close(conn, batch)
 
@@ -202,14 +207,14 @@ def test_a_chunk_batch_is_settled_once_all_its_own_provider_batches_are_through(
         begin(conn, neither, others)
 
         def ready() -> list[int]:
-            found = [chunk_batch for _, chunk_batch in provider_work.ready_to_settle(conn, limit=10)]
+            ready = [chunk_batch for _, chunk_batch in provider_work.ready_to_settle(conn, limit=10)]
             settled = "SELECT count(*) FROM chunk_batches WHERE state <> 'running'"
             before = one_of(conn, settled)
             conn.execute(sa.text("SAVEPOINT looked"))
             provider_work.settle(conn, small, [both, second_only, neither])
-            assert one_of(conn, settled) - before == len(found)
+            assert one_of(conn, settled) - before == len(ready)
             conn.execute(sa.text("ROLLBACK TO SAVEPOINT looked"))
-            return found
+            return ready
 
         assert ready() == []
         close(conn, first)
@@ -229,8 +234,8 @@ def test_a_batch_that_is_given_up_discards_only_what_waits_for_it(
     )
     with db.begin() as conn:
         batch, another = (add_provider_batch(conn, small) for _ in range(2))
-        for each in (given_up, with_a_worker, over):
-            begin(conn, each, batch)
+        for chunk_batch in (given_up, with_a_worker, over):
+            begin(conn, chunk_batch, batch)
         begin(conn, other, another)
         conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() WHERE id = :id"), {"id": with_a_worker})
         conn.execute(sa.text("UPDATE chunk_batches SET state = 'cancelled' WHERE id = :id"), {"id": over})
@@ -253,11 +258,11 @@ def test_contents_are_dead_in_the_jobs_that_brought_them(client: Client, db: sa.
             lease = begin(conn, chunk_batch, batch)
             jobs[chunk_batch] = lease.job_id
             hashes = [hash_of(conn, text) for text in texts]
-            facts = {"chunk_batch_id": lease.chunk_batch_id, "attempt": lease.attempt, "job_id": lease.job_id}
-            add_inputs(conn, small, batch, hashes, **facts)
+            carrier = {"chunk_batch_id": lease.chunk_batch_id, "attempt": lease.attempt, "job_id": lease.job_id}
+            add_inputs(conn, small, batch, hashes, **carrier)
         in_flight = provider_inputs.remove_all(conn, batch)
 
-        provider_work.bury_in_flight(conn, [(each, "refused", "No such text.") for each in in_flight])
+        provider_work.bury_in_flight(conn, [(content, "refused", "No such text.") for content in in_flight])
 
         dead = rows_of(conn, "SELECT job_id, chunk_id FROM dead_chunks ORDER BY 1, 2")
         assert dead == [(jobs[one], "one-0"), (jobs[one], "one-1"), (jobs[other], "other-1")]

@@ -36,9 +36,9 @@ from tests.support.waiting import PATIENCE, running, together, until
 Rows = Callable[[str], int]
 
 
-def execute(db: sa.Engine, statement: str, **facts: object) -> list[Any]:
+def execute(db: sa.Engine, statement: str, **parameters: object) -> list[Any]:
     with db.begin() as conn:
-        result = conn.execute(sa.text(statement), facts)
+        result = conn.execute(sa.text(statement), parameters)
         return list(result.scalars()) if result.returns_rows else []
 
 

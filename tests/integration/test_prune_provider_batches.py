@@ -90,8 +90,10 @@ def finished(client: Client, name: str) -> tuple[int, int]:
 
 
 def join(conn: sa.Connection, batch: int, *chunk_batches: int) -> None:
-    for each in chunk_batches:
-        conn.execute(sa.text("INSERT INTO provider_batch_members VALUES (:batch, :id)"), {"batch": batch, "id": each})
+    for chunk_batch in chunk_batches:
+        conn.execute(
+            sa.text("INSERT INTO provider_batch_members VALUES (:batch, :id)"), {"batch": batch, "id": chunk_batch}
+        )
 
 
 @pytest.mark.parametrize(

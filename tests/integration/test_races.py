@@ -42,9 +42,9 @@ from tests.support.waiting import PATIENCE, Call, together, until
 LONG = "word " * 600
 
 
-def execute(db: sa.Engine, statement: str, **facts: object) -> list[Any]:
+def execute(db: sa.Engine, statement: str, **parameters: object) -> list[Any]:
     with db.begin() as conn:
-        result = conn.execute(sa.text(statement), facts)
+        result = conn.execute(sa.text(statement), parameters)
         return list(result.scalars()) if result.returns_rows else []
 
 

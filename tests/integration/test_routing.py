@@ -41,8 +41,8 @@ def make(settings: Settings) -> Iterator[Make]:
         return made[-1]
 
     yield build
-    for each in made:
-        each.close()
+    for server in made:
+        server.close()
 
 
 @pytest.fixture

@@ -101,8 +101,8 @@ def test_a_filter_keeps_the_chunks_whose_metadata_contain_it(
     metadata = {"more": {"lang": "de", "year": 2024}, "same": {"lang": "de"}, "other": {"lang": "fr"}, "none": {}}
     client.enqueue([Chunk(name, name, given) for name, given in metadata.items()], collection="docs")
     put(client, db, way, {name: (1, i) for i, name in enumerate(metadata)}, "docs")
-    found = client.search(vector(1), collection="docs", k=2, metadata={"lang": "de"})
-    assert [hit.chunk_id for hit in found] == ["more", "same"]
+    hits = client.search(vector(1), collection="docs", k=2, metadata={"lang": "de"})
+    assert [hit.chunk_id for hit in hits] == ["more", "same"]
 
 
 def test_equally_near_chunks_come_in_the_order_of_their_ids(client: Client, db: sa.Engine, way: str) -> None:
@@ -124,8 +124,8 @@ def test_a_search_for_many_works_through_a_graph(client: Client, db: sa.Engine, 
     put(client, db, "in segments", {f"text {i}": (1, i / 100) for i in range(400)}, "docs")
     assert client.index("docs").graph_rows == 400
     for k in (300, 400):
-        found = client.search(vector(1), collection="docs", k=k)
-        assert [hit.chunk_id for hit in found] == [f"id-{i:03}" for i in range(k)]
+        hits = client.search(vector(1), collection="docs", k=k)
+        assert [hit.chunk_id for hit in hits] == [f"id-{i:03}" for i in range(k)]
 
 
 @pytest.mark.parametrize("way", ["in segments", "in bits"])
@@ -159,8 +159,8 @@ def test_what_half_precision_cannot_tell_apart_is_ordered_exactly(
     client.enqueue([("z", "far away")], collection="docs")
     vectors = {f"text {name}": (1, 0.5 + i / 100_000) for i, name in enumerate("ab")} | {"far away": (-1, 0)}
     put(client, db, "in segments", vectors, "docs")
-    (found,) = client.search(vector(1, second), collection="docs", k=1)
-    assert found.chunk_id == nearest
+    (hits,) = client.search(vector(1, second), collection="docs", k=1)
+    assert hits.chunk_id == nearest
 
 
 def test_a_small_collection_in_a_large_space_has_its_own_neighbours(client: Client, db: sa.Engine, tiny: None) -> None:
@@ -173,8 +173,8 @@ def test_a_small_collection_in_a_large_space_has_its_own_neighbours(client: Clie
     for _ in range(3):
         for _ in range(7):
             assert len(client.search(vector(1), collection="big", k=10)) == 10
-        found = client.search(vector(1), collection="small", k=10)
-        assert [hit.chunk_id for hit in found] == [f"small-{i:02}" for i in range(10)]
+        hits = client.search(vector(1), collection="small", k=10)
+        assert [hit.chunk_id for hit in hits] == [f"small-{i:02}" for i in range(10)]
 
 
 def test_the_plan_of_a_search_is_made_for_its_own_collection(client: Client, db: sa.Engine) -> None:

@@ -50,8 +50,8 @@ def test_a_small_run_measures_all_that_is_promised(monkeypatch: pytest.MonkeyPat
     writes = "writes into a collection of 250 rows"
     for what in ("enqueue", "vectors"):
         assert rows[writes, f"{what}, with an index"]["ratios"]["to without an index"]["target"] == 0.5
-    found = rows[writes, "of 2 new chunks, found in the commit that wrote them"]
-    assert (found["median"], found["met"]) == (2, True)
+    fresh = rows[writes, "of 2 new chunks, found in the commit that wrote them"]
+    assert (fresh["median"], fresh["met"]) == (2, True)
     of_a_row = "bytes of a row, 250 rows of 384 dimensions"
     assert {name for group, name in rows if group == of_a_row} == {"segment", "graph", "vectors, with their key"}
     assert rows["after deleting a tenth of 250 rows", "longest maintenance, for a million rows"]["seconds"]

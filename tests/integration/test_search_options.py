@@ -107,8 +107,8 @@ def test_pages_fit_together_even_if_the_segments_miss_a_near_chunk(
 def test_no_hit_is_below_the_least_score(filled: Client) -> None:
     scores = [hit.score for hit in filled.search(vector(1), collection="docs", k=20)]
     assert scores == sorted(scores, reverse=True)
-    found = filled.search(vector(1), collection="docs", k=20, min_score=scores[4])
-    assert numbers(found) == [0, 1, 2, 3, 4]
+    hits = filled.search(vector(1), collection="docs", k=20, min_score=scores[4])
+    assert numbers(hits) == [0, 1, 2, 3, 4]
     assert filled.search(vector(-1), collection="docs", min_score=0.5) == []
 
 
@@ -123,8 +123,8 @@ def test_many_queries_give_a_list_of_hit_lists(filled: Client) -> None:
 
 def test_more_like_a_chunk_are_its_neighbours_without_itself(filled: Client) -> None:
     assert numbers(filled.search(like="c000", collection="docs", k=3)) == [1, 2, 3]
-    found = filled.search(like="c119", collection="docs", k=2, metadata={"number": {"$lt": 50}})
-    assert numbers(found) == [49, 48]
+    hits = filled.search(like="c119", collection="docs", k=2, metadata={"number": {"$lt": 50}})
+    assert numbers(hits) == [49, 48]
     pages = [filled.search(like="c000", collection="docs", k=9, offset=i) for i in range(0, N, 9)]
     assert [number for page in pages for number in numbers(page)] == list(range(1, N))
     assert filled.search(like="c001", collection="others", k=1)[0].text in ("other 0", "other 2")
@@ -208,12 +208,12 @@ def test_rows_that_do_not_give_enough_hits_are_not_believed(filled: Client, monk
 
 def test_the_spread_of_candidates_is_their_mean_distance_to_each_other_by_that_to_the_query() -> None:
     rng = np.random.default_rng(3)
-    found = rng.standard_normal((7, 5)) + 1
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    vectors = rng.standard_normal((7, 5)) + 1
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     query = rng.standard_normal(5)
-    cosines = found @ query / np.linalg.norm(query)
-    pairs = [1 - found[i] @ found[j] for i in range(7) for j in range(7) if i != j]
-    length = float(np.linalg.norm(found.mean(axis=0)))
+    cosines = vectors @ query / np.linalg.norm(query)
+    pairs = [1 - vectors[i] @ vectors[j] for i in range(7) for j in range(7) if i != j]
+    length = float(np.linalg.norm(vectors.mean(axis=0)))
     assert searching._spread(7, float(cosines.mean()), length) == pytest.approx(np.mean(pairs) / np.mean(1 - cosines))
     assert searching._spread(1, 0.5, 1.0) == searching._spread(2, 1.0, 1.0) == float("inf")
     assert searching._spread(0, None, None) == float("inf")
@@ -253,10 +253,10 @@ def test_texts_are_embedded_in_one_request(
     responder = EmbedResponder(context)
     responder.start()
     try:
-        found = client.search(texts, collection="docs", k=1)
+        answers = client.search(texts, collection="docs", k=1)
     finally:
         responder.stop()
-    assert [hits[0].text for hits in found] == texts
+    assert [hits[0].text for hits in answers] == texts
     assert asked == [texts]
 
 

@@ -90,15 +90,15 @@ def test_the_flow_of_openais_documentation_ends_with_the_vectors_of_the_worker(
     expected = vector_of("hello world", "document", DIMENSIONS)
     np.testing.assert_allclose(first["body"]["data"][0]["embedding"], expected, atol=1e-7)
     second = out["request-2"]["response"]["body"]["data"]
-    assert [each["index"] for each in second] == [0, 1, 2]
-    for each, text in zip(second, ["a", "b c", "hello world"], strict=True):
-        vector = np.frombuffer(base64.b64decode(each["embedding"]), "<f4")
+    assert [embedding["index"] for embedding in second] == [0, 1, 2]
+    for shown, text in zip(second, ["a", "b c", "hello world"], strict=True):
+        vector = np.frombuffer(base64.b64decode(shown["embedding"]), "<f4")
         np.testing.assert_array_equal(vector, vector_of(text, "document", DIMENSIONS))
     tokens = sum(tokens_of(text) for text in ("hello world", "a", "b c", "hello world"))
     assert batch.usage.input_tokens == batch.usage.total_tokens == tokens
     assert api.files.content(batch.error_file_id).content == b""
-    assert [each.id for each in api.batches.list(limit=1)] == [made.id]
-    assert {each.id for each in api.files.list()} == {file.id, batch.output_file_id, batch.error_file_id}
+    assert [batch.id for batch in api.batches.list(limit=1)] == [made.id]
+    assert {file.id for file in api.files.list()} == {file.id, batch.output_file_id, batch.error_file_id}
     assert api.files.delete(file.id).deleted
     with pytest.raises(openai.NotFoundError):
         api.files.retrieve(file.id)
@@ -179,9 +179,9 @@ def test_a_bad_request_fails_its_line_alone(api: openai.OpenAI, worker: BulkWork
         atol=1e-7,
     )
     told = {
-        name: (each["response"]["status_code"], error["code"], error["param"], error["type"], each["error"])
-        for name, each in errors.items()
-        for error in (each["response"]["body"]["error"],)
+        name: (failure["response"]["status_code"], error["code"], error["param"], error["type"], failure["error"])
+        for name, failure in errors.items()
+        for error in (failure["response"]["body"]["error"],)
     }
     bad = "invalid_request_error"
     assert told == {
@@ -319,7 +319,7 @@ def check_partial(api: openai.OpenAI, batch: Any, code: str) -> None:
     assert batch.request_counts.to_dict() == {"total": 10, "completed": 3, "failed": 7}
     assert set(lines_of(api, batch.output_file_id)) == {f"line {i}" for i in range(3)}
     errors = lines_of(api, batch.error_file_id)
-    assert {(each["response"], each["error"]["code"]) for each in errors.values()} == {(None, code)}
+    assert {(error["response"], error["error"]["code"]) for error in errors.values()} == {(None, code)}
     assert set(errors) == {f"line {i}" for i in range(3, 10)}
 
 

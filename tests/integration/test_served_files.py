@@ -173,7 +173,7 @@ def test_a_wrong_upload_is_refused_with_its_field_and_leaves_nothing(
         answer = gateway.http.post("/v1/files", **{**request, "headers": headers})
         error = answer.json()["error"]
         told.append((answer.status_code, error["code"], error["param"]))
-    assert told == [tuple(each[1:]) for each in WRONG_UPLOADS]
+    assert told == [tuple(wrong_upload[1:]) for wrong_upload in WRONG_UPLOADS]
     assert rows(db, "SELECT FROM served_files") == []
 
 
@@ -290,7 +290,7 @@ def test_files_expire_with_their_texts_when_they_said_so(
     output = api.files.retrieve(batch.output_file_id)
     assert output.expires_at == output.created_at + 7200
     rows(db, "UPDATE served_files SET expires_at = now() - interval '1 s' WHERE kind = 'output'")
-    assert {each.id for each in api.files.list()} == {file, batch.error_file_id}
+    assert {file.id for file in api.files.list()} == {file, batch.error_file_id}
     clean_up(client, db, settings)
     assert texts(db) == set()
     rows(db, "UPDATE served_files SET expires_at = now() - interval '1 s'")
@@ -312,14 +312,14 @@ def test_prune_deletes_old_files_and_batches_with_their_texts_and_leaves_what_is
     rows(db, "UPDATE jobs SET finished_at = now() - interval '40 days' WHERE finished_at IS NOT NULL")
     counted = client.prune(timedelta(days=30), dry_run=True)
     pruned = client.prune(timedelta(days=30))
-    for each in (counted, pruned):
-        assert {name: each.amounts[name].rows for name in ("served_files", "served_batches")} == {
+    for amounts in (counted, pruned):
+        assert {name: amounts.amounts[name].rows for name in ("served_files", "served_batches")} == {
             "served_files": 4,  # two inputs, and both results of the old batch
             "served_batches": 1,
         }
-        assert each.amounts["served_files"].bytes > 0
+        assert amounts.amounts["served_files"].bytes > 0
     assert texts(db) == {"new", "running"}
-    assert [each.id for each in api.batches.list()] == [running.id, new.id]
+    assert [batch.id for batch in api.batches.list()] == [running.id, new.id]
     assert api.files.content(new.output_file_id).content
     worker.may.set()
     assert ended(api, running.id).status == "completed"

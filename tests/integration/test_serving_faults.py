@@ -178,9 +178,9 @@ def test_vectors_that_half_precision_cannot_hold_are_found_through_segments(
     with db.begin() as conn:
         conn.execute(sa.text("DELETE FROM serving_tail"))
     for i in range(rows):
-        found = client.search(vectors[i], collection="docs", k=1)
+        hits = client.search(vectors[i], collection="docs", k=1)
         exact = client.search(vectors[i], collection="docs", k=1, exact=True)
-        assert [hit.chunk_id for hit in found] == [hit.chunk_id for hit in exact] == [f"c{i:02}"]
+        assert [hit.chunk_id for hit in hits] == [hit.chunk_id for hit in exact] == [f"c{i:02}"]
     with db.begin() as conn:
         query = "SELECT count(*) FROM segment_{} WHERE abs(l2_norm(embedding) - 1) > 0.01"
         live = segments.find(conn, collections.find(conn, "docs").id, 1)
@@ -209,8 +209,8 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
         client.enqueue([Chunk(f"t{i}", f"{name} tail {i}", {"lang": "de"}) for i in range(1)], collection=name)
     client.enqueue([Chunk(f"t{i}", f"tail {i}", {"lang": "de"}) for i in range(4)], collection="docs")
     give(db, {f"tail {i}": steps[55 + i] for i in range(4)})
-    found = client.search(steps[0], collection="docs", k=3, metadata={"lang": "de"})
-    assert [hit.chunk_id for hit in found] == ["c45", "c46", "c47"]
+    hits = client.search(steps[0], collection="docs", k=3, metadata={"lang": "de"})
+    assert [hit.chunk_id for hit in hits] == ["c45", "c46", "c47"]
 
 
 def test_a_vector_that_came_back_as_another_one_is_the_one_that_a_merge_writes(client: Client, db: sa.Engine) -> None:

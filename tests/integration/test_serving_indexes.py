@@ -393,14 +393,14 @@ def test_each_answer_is_that_of_an_exact_search_at_the_same_moment(
     ]
     try:
         for _ in range(looks):
-            found, right, unfinished = search(db, rng.choice(COLLECTIONS), f"text {rng.randrange(70)}", k=5)
-            assert len({hit.chunk_id for hit in found}) == len(found)
-            missing = [hit for hit in right if hit.chunk_id not in unfinished and hit not in found]
+            ids, right, unfinished = search(db, rng.choice(COLLECTIONS), f"text {rng.randrange(70)}", k=5)
+            assert len({hit.chunk_id for hit in ids}) == len(ids)
+            missing = [hit for hit in right if hit.chunk_id not in unfinished and hit not in ids]
             # What an unfinished ChunkBatch holds may be found or not, and then something else takes its place.
-            wrong = [] if any(hit.chunk_id in unfinished for hit in right) else [h for h in found if h not in right]
-            assert (missing, wrong) == ([], []), (found, right, unfinished)
+            wrong = [] if any(hit.chunk_id in unfinished for hit in right) else [h for h in ids if h not in right]
+            assert (missing, wrong) == ([], []), (ids, right, unfinished)
             seen["looks"] += 1
-            seen["hits"] += len(found)
+            seen["hits"] += len(ids)
     finally:
         stop.set()
         for call in calls:
@@ -410,5 +410,5 @@ def test_each_answer_is_that_of_an_exact_search_at_the_same_moment(
     for name in COLLECTIONS:
         client.index(name)
         for i in range(70):
-            found, right, unfinished = search(db, name, f"text {i}", k=5)
-            assert (found, unfinished) == (right, set())
+            ids, right, unfinished = search(db, name, f"text {i}", k=5)
+            assert (ids, unfinished) == (right, set())

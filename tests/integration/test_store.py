@@ -46,10 +46,10 @@ def test_what_is_written_is_what_is_read(db: sa.Engine, storage: str, tolerance:
         rows = conn.execute(
             sa.text(f"SELECT content_hash, n_tokens, truncated, embedding::real[] AS e FROM {space.table_name}")
         ).all()
-    found = {bytes(row.content_hash): row for row in rows}
+    by_hash = {bytes(row.content_hash): row for row in rows}
     for i, digest in enumerate(digests):
-        assert (found[digest].n_tokens, found[digest].truncated) == (i, i % 3 == 0)
-        stored = np.asarray(found[digest].e, dtype=np.float32)
+        assert (by_hash[digest].n_tokens, by_hash[digest].truncated) == (i, i % 3 == 0)
+        stored = np.asarray(by_hash[digest].e, dtype=np.float32)
         np.testing.assert_allclose(stored, matrix[i], rtol=tolerance, atol=tolerance)
 
 

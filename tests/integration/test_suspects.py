@@ -74,10 +74,10 @@ def test_a_suspect_that_meets_another_is_kept_from_coming_back_at_once(
     monkeypatch.setattr(pipeline, "ANOTHER_SUSPECT_SECONDS", PATIENCE)
     assert run_chunk_batch(context, 1) is TaskResult.RELEASED
     with db.begin() as conn:
-        found = conn.execute(
+        states = conn.execute(
             sa.text("SELECT state, max_attempts - attempt AS attempts, not_before > now() AS later FROM chunk_batches")
         ).one()
-    assert tuple(found) == ("available", 5, True)
+    assert tuple(states) == ("available", 5, True)
 
 
 def test_a_worker_with_a_broken_device_takes_nothing_more(

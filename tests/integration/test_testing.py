@@ -81,7 +81,10 @@ def test_each_test_has_a_database_of_its_own_and_none_is_left(stack: StackStatus
             first.client.wait(first.client.enqueue([("a", "text a")], collection="docs").id, timeout=PATIENCE)
             other = second.client.enqueue([("b", "text b")], collection="other", model=OTHER_MODEL)
             assert second.client.wait(other.id, timeout=PATIENCE).model == OTHER_MODEL
-            assert [each.client.collections()[0].name for each in (first, second)] == ["docs", "other"]
+            assert [running_parts.client.collections()[0].name for running_parts in (first, second)] == [
+                "docs",
+                "other",
+            ]
         names = [one.database_url, two.database_url]
         assert len(set(names)) == 2
         template = servers._template

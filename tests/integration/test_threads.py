@@ -106,10 +106,10 @@ def test_threads_that_wait_and_search_do_not_keep_the_others_out(
 
     *ended, _ = together(*(lambda job=job: wait(job) for job in jobs), finish)  # type: ignore[misc]
     assert [(job.id, job.state) for job in ended] == [(job.id, "completed") for job in jobs]
-    found = together(
+    answers = together(
         *(lambda n=n: client.search(np.ones(384, np.float32), collection=f"docs-{n}") for n in range(THREADS))
     )  # type: ignore[misc]
-    assert [[hit.chunk_id for hit in hits] for hits in found] == [[f"c{n}"] for n in range(THREADS)]
+    assert [[hit.chunk_id for hit in hits] for hits in answers] == [[f"c{n}"] for n in range(THREADS)]
 
 
 def test_a_client_that_is_closed_leaves_the_other_one_its_connections(

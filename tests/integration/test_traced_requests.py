@@ -50,8 +50,8 @@ def traced(name: str, work: Callable[[], Any]) -> Any:
 
 
 def value(hands: Hands, statement: str) -> Any:
-    ((found,),) = hands.rows(statement)
-    return found
+    ((value,),) = hands.rows(statement)
+    return value
 
 
 def change(hands: Hands, statement: str) -> None:

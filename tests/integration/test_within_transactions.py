@@ -894,3 +894,27 @@ def test_a_key_finds_its_job_in_the_outbox_by_every_name_of_the_collection(
         conn.commit()
     deliverer.round()
     assert client.job(job.id).collection == "docs"
+
+
+def test_an_entry_for_an_alias_is_listed_as_one_for_its_collection(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    """Whoever may see only that collection sees it, and nobody else does."""
+    for name in ("docs", "other"):
+        client.enqueue(CHUNKS, collection=name)
+    client.set_alias("current", "docs")
+    client.set_alias("latest", "other")
+    with connection(own) as conn:
+        entries = {name: client.enqueue(CHUNKS, collection=name, within=conn).id for name in ("current", "latest")}
+        conn.commit()
+    assert [(one.id, one.collection) for one in client.jobs(2)] == [
+        (entries["latest"], "other"),
+        (entries["current"], "docs"),
+    ]
+    assert client.job(entries["current"]).collection == "docs"
+    with db.begin() as conn:
+        for name, entry in (("docs", entries["current"]), ("other", entries["latest"])):
+            seen = jobs.page(conn, limit=9, collections=[collections.find(conn, name).id])
+            assert [one.id for one in seen if one.id in entries.values()] == [entry]
+    deliverer.round()
+    assert [client.job(entry).collection for entry in entries.values()] == ["docs", "other"]

@@ -59,8 +59,8 @@ def worker() -> None:
     @contextlib.contextmanager
     def lines(*given: Any, **more: Any) -> Iterator[Iterator[bytes]]:
         reached("lines:before")
-        with real_lines(*given, **more) as found:
-            yield _counted(found)
+        with real_lines(*given, **more) as lines:
+            yield _counted(lines)
         reached("lines:after")
 
     def transact(self: ProviderContext, work: Callable[[Any], Any], what: str, **more: Any) -> Any:

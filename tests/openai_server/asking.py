@@ -23,7 +23,7 @@ def line(custom_id: str, text: Any, **body: Any) -> dict[str, Any]:
 
 
 def jsonl(lines: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(each) + "\n" for each in lines).encode()
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 @dataclass

@@ -24,16 +24,16 @@ def create(store: Store, request: Request) -> Answer:
     check_batches(store)
     body = request.json()
     file, expires = check_body(store, body)
-    facts = {"endpoint": request.endpoint, "id": file.id, "filename": file.filename, "metadata": body.get("metadata")}
-    if store.misbehaviours.strike("input_vanished", facts) is not None:
+    subject = {"endpoint": request.endpoint, "id": file.id, "filename": file.filename, "metadata": body.get("metadata")}
+    if store.misbehaviours.strike("input_vanished", subject) is not None:
         store.remove_file(file.id)
         raise bad(cannot_find_file(file.id), param="file_id")
-    if (wish := store.misbehaviours.strike("enqueued_on_create", facts)) is not None:
+    if (wish := store.misbehaviours.strike("enqueued_on_create", subject)) is not None:
         message = enqueued_message("token limit reached", store.config.enqueued_tokens or 0, "tokens")
         raise ApiError(wish["status"], message, type="tokens", code="token_limit_exceeded")
     check_rate(store)
-    times = 1 if store.misbehaviours.strike("created_twice", facts) is None else 2
-    if store.misbehaviours.strike("metadata_dropped", facts) is not None:
+    times = 1 if store.misbehaviours.strike("created_twice", subject) is None else 2
+    if store.misbehaviours.strike("metadata_dropped", subject) is not None:
         body["metadata"] = None
     made = [make(store, body, file, expires) for _ in range(times)]
     return Answer(made[0])
@@ -166,11 +166,11 @@ def listed(store: Store, request: Request) -> Answer:
     check_batches(store)
     latest = time.time() - store.config.list_lag_seconds
     with store.changed:
-        batches = [each for each in reversed(store.batches.values()) if each.created <= latest]
-    answer = page([each.shown for each in batches], request, default=20, most=100)
+        batches = [batch for batch in reversed(store.batches.values()) if batch.created <= latest]
+    answer = page([batch.shown for batch in batches], request, default=20, most=100)
     assert answer.body is not None
-    on_page = {each["id"] for each in answer.body["data"]}
-    answer.body["data"] = [shown(store, each, request.endpoint) for each in batches if each.id in on_page]
+    on_page = {shown_batch["id"] for shown_batch in answer.body["data"]}
+    answer.body["data"] = [shown(store, batch, request.endpoint) for batch in batches if batch.id in on_page]
     return answer
 
 
@@ -186,27 +186,27 @@ def cancel(store: Store, request: Request) -> Answer:
 def shown(store: Store, batch: Batch, endpoint: str) -> dict[str, Any]:
     """The object as this answer shows it, true or odd."""
     seen = dict(batch.shown)
-    facts = {**batch.facts, "endpoint": endpoint}
+    subject = {**batch.subject, "endpoint": endpoint}
     strike = store.misbehaviours.strike
-    if strike("odd_status", facts) is not None:
+    if strike("odd_status", subject) is not None:
         seen["status"] = seen["status"].capitalize()
-    if strike("null_counts", facts) is not None:
+    if strike("null_counts", subject) is not None:
         seen["request_counts"] = None
-    if strike("null_usage", facts) is not None:
+    if strike("null_usage", subject) is not None:
         seen["usage"] = None
-    if strike("empty_file_ids", facts) is not None:
+    if strike("empty_file_ids", subject) is not None:
         seen |= {name: seen[name] or "" for name in ("output_file_id", "error_file_id")}
-    if seen["status"] in TERMINAL and strike("late_file_ids", facts) is not None:
+    if seen["status"] in TERMINAL and strike("late_file_ids", subject) is not None:
         seen |= {"output_file_id": None, "error_file_id": None}
-    if strike("no_expiry", facts) is not None:
+    if strike("no_expiry", subject) is not None:
         seen["expires_at"] = None
     for kind, values in (("odd_id", IDS), ("odd_count", NUMBERS)):
-        if (wish := strike(kind, facts)) is not None:
+        if (wish := strike(kind, subject)) is not None:
             seen = put(seen, wish["field"], drawn(wish["value"], values, kind, store.config.seed))
-    if (wish := strike("odd_words", facts)) is not None:
+    if (wish := strike("odd_words", subject)) is not None:
         words = drawn(wish["value"], WORDS, store.config.seed)
         seen["errors"] = {"object": "list", "data": [{"code": words, "message": words, "line": None, "param": None}]}
-    if strike("iso_dates", facts) is not None:
+    if strike("iso_dates", subject) is not None:
         times = {name: value for name, value in seen.items() if name.endswith("_at") and value is not None}
         seen |= {name: datetime.fromtimestamp(value, UTC).isoformat() for name, value in times.items()}
     return seen

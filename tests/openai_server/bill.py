@@ -43,6 +43,6 @@ class Bill:
         with self._mutex:
             return {
                 "texts": {text: len(sources) for text, sources in self._sources.items()},
-                "tokens": sum(each.tokens for each in self._charges),
-                "charges": [asdict(each) for each in self._charges],
+                "tokens": sum(charge.tokens for charge in self._charges),
+                "charges": [asdict(charge) for charge in self._charges],
             }

@@ -93,7 +93,7 @@ class Config:
     """Of the order of the output's lines."""
 
     def update(self, changes: dict[str, Any]) -> None:
-        known = {each.name for each in fields(self)}
+        known = {field.name for field in fields(self)}
         if unknown := set(changes) - known:
             raise ValueError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         for name, allowed in CHOICES.items():

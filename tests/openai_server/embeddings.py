@@ -27,8 +27,8 @@ def create(store: Store, request: Request) -> Answer:
         raise ApiError(500, "The server had an error.", type="server_error")
     tokens = count_tokens(wanted, store.config, counter(store.config.fast_tokens))
     headers = admit(store, wanted.model, tokens)
-    facts = {"endpoint": request.endpoint, "id": request.number}
-    faults = store.misbehaviours.for_lines(SYNC_BODIES, facts).on(0, wanted.texts)
+    subject = {"endpoint": request.endpoint, "id": request.number}
+    faults = store.misbehaviours.for_lines(SYNC_BODIES, subject).on(0, wanted.texts)
     body = embedding_body(wanted, reported_tokens(wanted, store.config, tokens), faults)
     assert isinstance(body, dict)
     hashes = [text_hash(text) for text in wanted.texts]
@@ -48,7 +48,7 @@ def admit(store: Store, model: str, tokens: int) -> dict[str, str]:
         lately = store.sync_lately.setdefault(model, deque())
         while lately and lately[0][0] <= now - window:
             lately.popleft()
-        used = {"requests": len(lately), "tokens": sum(each for _, each in lately)}
+        used = {"requests": len(lately), "tokens": sum(tokens for _, tokens in lately)}
         limits = {"requests": config.requests_per_minute, "tokens": config.tokens_per_minute}
         asked = {"requests": 1, "tokens": tokens}
         reset = max(0.0, lately[0][0] + window - now) if lately else 0.0

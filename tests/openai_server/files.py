@@ -37,8 +37,8 @@ def create(store: Store, request: Request) -> Answer:
             wanted = int(text) if text.isdecimal() else None
             seconds = expiry(form.fields.get("expires_after[anchor]"), wanted, "expires_after")
         made = store.add_file(path, form.filename, "batch", seconds).as_json()
-        facts = {"endpoint": request.endpoint, "id": made["id"], "filename": form.filename, "purpose": "batch"}
-        if (wish := store.misbehaviours.strike("odd_file_id", facts)) is not None:
+        subject = {"endpoint": request.endpoint, "id": made["id"], "filename": form.filename, "purpose": "batch"}
+        if (wish := store.misbehaviours.strike("odd_file_id", subject)) is not None:
             made["id"] = drawn(wish["value"], IDS, "file", store.config.seed)
         return Answer(made)
     finally:
@@ -49,12 +49,12 @@ def listed(store: Store, request: Request) -> Answer:
     purpose, order = request.query.get("purpose"), request.query.get("order", "desc")
     latest = time.time() - store.config.files_lag_seconds
     with store.changed:
-        files = [each for each in store.files.values() if each.created <= latest]
+        files = [file for file in store.files.values() if file.created <= latest]
     if order == "desc":
         files.reverse()
     elif order != "asc":
         raise bad("Invalid 'order': must be 'asc' or 'desc'.", param="order")
-    wanted = [each.as_json() for each in files if purpose in (None, each.purpose)]
+    wanted = [file.as_json() for file in files if purpose in (None, file.purpose)]
     return page(wanted, request, default=10_000, most=10_000)
 
 
@@ -64,8 +64,8 @@ def retrieve(store: Store, request: Request) -> Answer:
 
 def delete(store: Store, request: Request) -> Answer:
     file = store.file(request.id)
-    facts = {"endpoint": request.endpoint, "id": file.id, "filename": file.filename, "purpose": file.purpose}
-    if (wish := store.misbehaviours.strike("delete_fails", facts)) is not None:
+    subject = {"endpoint": request.endpoint, "id": file.id, "filename": file.filename, "purpose": file.purpose}
+    if (wish := store.misbehaviours.strike("delete_fails", subject)) is not None:
         raise ApiError(wish["status"], "The file could not be deleted.", type="server_error")
     store.remove_file(file.id)
     return Answer({"id": file.id, "object": "file", "deleted": True})
@@ -73,13 +73,13 @@ def delete(store: Store, request: Request) -> Answer:
 
 def content(store: Store, request: Request) -> Answer:
     file = store.file(request.id)
-    facts = {"endpoint": request.endpoint, "id": file.id, "filename": file.filename, "purpose": file.purpose}
-    if file.purpose == "batch_output" and store.misbehaviours.strike("output_vanished", facts) is not None:
+    subject = {"endpoint": request.endpoint, "id": file.id, "filename": file.filename, "purpose": file.purpose}
+    if file.purpose == "batch_output" and store.misbehaviours.strike("output_vanished", subject) is not None:
         store.remove_file(file.id)
         raise no_such_file(file.id)
     answer = Answer(file=file.path, length=file.bytes)
-    if (wish := store.misbehaviours.strike("truncated", facts)) is not None:
+    if (wish := store.misbehaviours.strike("truncated", subject)) is not None:
         answer.length = int(file.bytes * wish["fraction"])
-    if (wish := store.misbehaviours.strike("cut_body", facts)) is not None:
+    if (wish := store.misbehaviours.strike("cut_body", subject)) is not None:
         answer.cut_at = int(file.bytes * wish["fraction"])
     return answer

@@ -110,9 +110,9 @@ class OpenAIServer:
     def fired(self, number_or_kind: int | str) -> int:
         """How often a misbehaviour, or all of a kind, struck."""
         return sum(
-            len(each["fired"])
-            for each in self.state()["misbehaviours"]
-            if number_or_kind in (each["number"], each["kind"])
+            len(misbehaviour["fired"])
+            for misbehaviour in self.state()["misbehaviours"]
+            if number_or_kind in (misbehaviour["number"], misbehaviour["kind"])
         )
 
     def calm(self) -> None:

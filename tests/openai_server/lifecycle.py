@@ -50,7 +50,7 @@ class Life:
         self.wait("validating")
         errors = self.errors() if batch.status == "validating" else []
         if errors:
-            listed = {"object": "list", "data": [each.as_json() for each in errors]}
+            listed = {"object": "list", "data": [error.as_json() for error in errors]}
             if move(store, batch, ("validating",), "failed", {"errors": listed}):
                 return
         plan = batch.plan
@@ -66,11 +66,11 @@ class Life:
     def errors(self) -> list[FileError]:
         """Why the batch fails; or the plan is in place and counted as enqueued."""
         store, batch = self.store, self.batch
-        if (wish := store.misbehaviours.strike("fail_validation", batch.facts)) is not None:
+        if (wish := store.misbehaviours.strike("fail_validation", batch.subject)) is not None:
             message = wish["message"] or f"The input failed validation: {wish['code']}."
             return [FileError(wish["code"], message, wish["line"], wish["param"])]
         input_id = batch.shown["input_file_id"]
-        lost = store.misbehaviours.strike("cannot_find_file", batch.facts) is not None
+        lost = store.misbehaviours.strike("cannot_find_file", batch.subject) is not None
         if lost or input_id not in store.files:
             return [FileError("invalid_request", cannot_find_file(input_id), param="file_id")]
         if batch.reserved:
@@ -86,11 +86,11 @@ class Life:
     def progress(self, plan: Plan) -> None:
         store, batch = self.store, self.batch
         fraction = store.config.partial_fraction
-        expire = store.misbehaviours.strike("expire", batch.facts)
-        other = store.misbehaviours.strike("cancelled_by_other", batch.facts)
+        expire = store.misbehaviours.strike("expire", batch.subject)
+        other = store.misbehaviours.strike("cancelled_by_other", batch.subject)
         if other is not None:
             move(store, batch, ("in_progress",), "cancelling")
-        if (wish := store.misbehaviours.strike("stuck", batch.facts)) is not None:
+        if (wish := store.misbehaviours.strike("stuck", batch.subject)) is not None:
             self.execute(plan, 1.0)
             if wish["status"] == "finalizing":
                 move(store, batch, ("in_progress",), "finalizing")
@@ -112,7 +112,7 @@ class Life:
             return
         else:
             outcome = self.execute(plan, 1.0)
-        if (wish := store.misbehaviours.strike("failed_after_running", batch.facts)) is not None:
+        if (wish := store.misbehaviours.strike("failed_after_running", batch.subject)) is not None:
             ran = {"request_counts": counts(plan.lines, outcome.completed, outcome.failed)}
             said = {"code": "server_error", "message": "Something failed.", "line": None, "param": None}
             errors = {"object": "list", "data": [said]}
@@ -128,8 +128,8 @@ class Life:
     def execute(self, plan: Plan, fraction: float, rest_expires: bool = False) -> Outcome:
         """What is executed here is charged here, whatever becomes of the result."""
         store, batch = self.store, self.batch
-        strikes = store.misbehaviours.for_lines({**LINES, **BODIES}, batch.facts)
-        all_fail = store.misbehaviours.strike("all_failed", batch.facts)
+        strikes = store.misbehaviours.for_lines({**LINES, **BODIES}, batch.subject)
+        all_fail = store.misbehaviours.strike("all_failed", batch.subject)
         name = batch.id.removeprefix("batch_").lstrip("0")
         execution = Execution(name, batch.input, plan, store.config, strikes, all_fail, fraction, rest_expires)
         outcome = execution.run(self.spool("output"), self.spool("errors"))
@@ -146,7 +146,7 @@ class Life:
         }
         for name, path in (("output", outcome.output), ("error", outcome.errors)):
             empty = path.stat().st_size == 0
-            wished = name == "error" and empty and store.misbehaviours.strike("empty_error_file", batch.facts)
+            wished = name == "error" and empty and store.misbehaviours.strike("empty_error_file", batch.subject)
             if empty and wished in (False, None):
                 path.unlink()
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.openai_server.kinds import KINDS
 
-Facts = dict[str, Any]
+Subject = dict[str, Any]
 """What is known where a misbehaviour may strike: endpoint, id, filename, batch, purpose, metadata."""
 
 
@@ -19,26 +19,26 @@ class Misbehaviour:
     kind: str
     times: int | None
     after: int
-    where: Facts
+    where: Subject
     options: dict[str, Any]
-    fired: list[Facts] = field(default_factory=list)
+    fired: list[Subject] = field(default_factory=list)
     passed: int = 0
 
-    def meets(self, facts: Facts) -> bool:
-        return all(_agrees(facts.get(name), wanted) for name, wanted in self.where.items())
+    def meets(self, subject: Subject) -> bool:
+        return all(_agrees(subject.get(name), wanted) for name, wanted in self.where.items())
 
     @property
     def spent(self) -> bool:
         return self.times is not None and len(self.fired) >= self.times
 
-    def take(self, facts: Facts) -> bool:
+    def take(self, subject: Subject) -> bool:
         """A chance: it strikes, or passes one more of those it lets pass, or is spent."""
         if self.spent:
             return False
         if self.passed < self.after:
             self.passed += 1
             return False
-        self.fired.append({name: value for name, value in facts.items() if value is not None})
+        self.fired.append({name: value for name, value in subject.items() if value is not None})
         return True
 
     def as_json(self) -> dict[str, Any]:
@@ -64,23 +64,27 @@ def _agrees(actual: Any, wanted: Any) -> bool:
 class LineStrikes:
     """The misbehaviours that may strike lines of one batch, or one sync request: a chance once they meet a line."""
 
-    def __init__(self, wished: list[Misbehaviour], facts: Facts, mutex: threading.Lock) -> None:
+    def __init__(self, wished: list[Misbehaviour], subject: Subject, mutex: threading.Lock) -> None:
         self._wished = wished
-        self._facts = facts
+        self._subject = subject
         self._mutex = mutex
         self._taken: dict[int, bool] = {}
 
     def on(self, position: int, texts: list[str]) -> dict[str, dict[str, Any]]:
         """What strikes this line, kind to options. ``position`` counts the lines executed, from 0."""
-        return {each.kind: each.options for each in reversed(self._wished) if self._strikes(each, position, texts)}
+        return {
+            misbehaviour.kind: misbehaviour.options
+            for misbehaviour in reversed(self._wished)
+            if self._strikes(misbehaviour, position, texts)
+        }
 
-    def _strikes(self, each: Misbehaviour, position: int, texts: list[str]) -> bool:
-        if not _chosen(each.options, position, texts):
+    def _strikes(self, misbehaviour: Misbehaviour, position: int, texts: list[str]) -> bool:
+        if not _chosen(misbehaviour.options, position, texts):
             return False
-        if each.number not in self._taken:
+        if misbehaviour.number not in self._taken:
             with self._mutex:
-                self._taken[each.number] = each.take(self._facts)
-        return self._taken[each.number]
+                self._taken[misbehaviour.number] = misbehaviour.take(self._subject)
+        return self._taken[misbehaviour.number]
 
 
 def _chosen(options: dict[str, Any], position: int, texts: list[str]) -> bool:
@@ -98,14 +102,14 @@ class Misbehaviours:
         self._calm_up_to = 0
 
     def ask(
-        self, kind: str, times: int | None, after: int, where: Facts, options: dict[str, Any], endpoints: list[str]
+        self, kind: str, times: int | None, after: int, where: Subject, options: dict[str, Any], endpoints: list[str]
     ) -> int:
         if kind not in KINDS:
             raise ValueError(f"no misbehaviour {kind!r}; known are {sorted(KINDS)}")
         if unknown := set(options) - set(KINDS[kind]):
             raise ValueError(f"{kind} has no option {sorted(unknown)}; it has {sorted(KINDS[kind])}")
         endpoint = where.get("endpoint", "*")
-        if not any(fnmatchcase(each, endpoint) for each in endpoints):
+        if not any(fnmatchcase(pattern, endpoint) for pattern in endpoints):
             raise ValueError(f"no endpoint {endpoint!r}; known are {sorted(endpoints)}")
         with self._mutex:
             number = len(self.all) + 1
@@ -116,19 +120,23 @@ class Misbehaviours:
         with self._mutex:
             self._calm_up_to = len(self.all)
 
-    def strike(self, kind: str, facts: Facts) -> dict[str, Any] | None:
+    def strike(self, kind: str, subject: Subject) -> dict[str, Any] | None:
         """The options of the first one of this kind that strikes here, which is one of its times; or None."""
         with self._mutex:
-            for each in self.all[self._calm_up_to :]:
-                if each.kind == kind and each.meets(facts) and each.take(facts):
-                    return each.options
+            for misbehaviour in self.all[self._calm_up_to :]:
+                if misbehaviour.kind == kind and misbehaviour.meets(subject) and misbehaviour.take(subject):
+                    return misbehaviour.options
         return None
 
-    def for_lines(self, kinds: dict[str, dict[str, Any]], facts: Facts) -> LineStrikes:
+    def for_lines(self, kinds: dict[str, dict[str, Any]], subject: Subject) -> LineStrikes:
         with self._mutex:
-            wished = [each for each in self.all[self._calm_up_to :] if each.kind in kinds and each.meets(facts)]
-        return LineStrikes(wished, facts, self._mutex)
+            wished = [
+                misbehaviour
+                for misbehaviour in self.all[self._calm_up_to :]
+                if misbehaviour.kind in kinds and misbehaviour.meets(subject)
+            ]
+        return LineStrikes(wished, subject, self._mutex)
 
     def as_json(self) -> list[dict[str, Any]]:
         with self._mutex:
-            return [each.as_json() for each in self.all]
+            return [misbehaviour.as_json() for misbehaviour in self.all]

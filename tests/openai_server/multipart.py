@@ -23,10 +23,10 @@ class Form:
 
 def read_form(raw: Path, content_type: str, path: Path) -> Form:
     """Takes the body in ``raw`` apart; the file's bytes go to ``path``. ApiError: this is no such form."""
-    found = re.fullmatch(r'multipart/form-data;\s*boundary="?([^";]+)"?', content_type.strip())
-    if found is None or raw.stat().st_size == 0:
+    match = re.fullmatch(r'multipart/form-data;\s*boundary="?([^";]+)"?', content_type.strip())
+    if match is None or raw.stat().st_size == 0:
         raise bad("Expected a multipart/form-data body with a boundary.")
-    delimiter = b"--" + found[1].encode()
+    delimiter = b"--" + match[1].encode()
     form = Form()
     with raw.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as body:
         if body[: len(delimiter)] != delimiter:

@@ -57,19 +57,19 @@ def _dimensions(body: dict[str, Any], model: str, config: Config) -> int:
 
 def _texts(given: Any, config: Config) -> list[str]:
     """Each of the four shapes as texts: a string, strings, token ids, arrays of token ids."""
-    if isinstance(given, list) and given and all(type(each) is int for each in given):
+    if isinstance(given, list) and given and all(type(token) is int for token in given):
         given = [given]
     inputs = [given] if isinstance(given, str) else given
     if not isinstance(inputs, list) or not inputs:
         raise bad("'$.input' is invalid. Please check the API reference.", param="input")
     if len(inputs) > config.max_inputs_per_request:
         raise bad(f"Invalid 'input': array too long. Maximum length {config.max_inputs_per_request}.", "input")
-    return [_text(each, number) for number, each in enumerate(inputs)]
+    return [_text(text, number) for number, text in enumerate(inputs)]
 
 
 def _text(given: Any, number: int) -> str:
     param = f"input[{number}]"
-    if isinstance(given, list) and given and all(type(each) is int for each in given):
+    if isinstance(given, list) and given and all(type(token) is int for token in given):
         try:
             given = text_of(given)
         except ValueError:

@@ -15,7 +15,7 @@ from tests.openai_server import control, odd, routes
 from tests.openai_server.errors import ApiError, Cut, bad, cannot_find_file, no_such_file, rate_limited
 from tests.openai_server.exchange import Answer, Request
 from tests.openai_server.kinds import ODD
-from tests.openai_server.misbehaviours import Facts
+from tests.openai_server.misbehaviours import Subject
 from tests.openai_server.store import Store
 
 BLOCK = 1 << 16
@@ -74,11 +74,11 @@ class Handler(BaseHTTPRequestHandler):
         store = self.server.store
         delays = store.config.delays
         store.rest(delays.get(request.endpoint, delays.get("*", 0.0)))
-        facts = {"id": request.id, **self.told(request), "endpoint": request.endpoint}
+        subject = {"id": request.id, **self.told(request), "endpoint": request.endpoint}
         try:
             self.authorize(request)
-            self.refuse(facts)
-            kind, wish = self.spoiling(facts)
+            self.refuse(subject)
+            kind, wish = self.spoiling(subject)
             if kind is None or wish["applied"]:
                 self.check_owner(request)
                 answer = route.answer(store, request)
@@ -99,13 +99,13 @@ class Handler(BaseHTTPRequestHandler):
         store.count(request.endpoint, str(answer.status) if answer.cut_at is None else "cut")
         self.send_answer(answer)
 
-    def told(self, request: Request) -> Facts:
+    def told(self, request: Request) -> Subject:
         """What a misbehaviour's ``where`` may name beside the endpoint and the id."""
         store = self.server.store
         file, batch = store.files.get(request.id), store.batches.get(request.id)
         if file is not None:
             return {"filename": file.filename, "purpose": file.purpose}
-        return {} if batch is None else {**batch.facts, "id": batch.id}
+        return {} if batch is None else {**batch.subject, "id": batch.id}
 
     def authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -142,24 +142,24 @@ class Handler(BaseHTTPRequestHandler):
             ours = [item for item in answer.body["data"] if store.owner(item["id"]) in (None, self.key_given)]
             answer.body["data"] = ours
 
-    def refuse(self, facts: Facts) -> None:
+    def refuse(self, subject: Subject) -> None:
         """ApiError where the organisation's limits are said to be reached; or a wait before all goes on."""
         strike = self.server.store.misbehaviours.strike
-        if (wish := strike("slow", facts)) is not None:
+        if (wish := strike("slow", subject)) is not None:
             self.server.store.rest(wish["seconds"])
-        if (wish := strike("rate_limited", facts)) is not None:
+        if (wish := strike("rate_limited", subject)) is not None:
             error = rate_limited("Rate limit reached. Please slow down.", wish["code"])
             wished = {"retry-after": wish["retry_after"], "retry-after-ms": wish["retry_after_ms"]}
             error.headers = {name: str(value) for name, value in wished.items() if value is not None}
             raise error
-        if strike("insufficient_quota", facts) is not None:
+        if strike("insufficient_quota", subject) is not None:
             message = "You exceeded your current quota, please check your plan and billing details."
             raise rate_limited(message, "insufficient_quota", "insufficient_quota")
 
-    def spoiling(self, facts: Facts) -> tuple[str | None, dict[str, Any]]:
+    def spoiling(self, subject: Subject) -> tuple[str | None, dict[str, Any]]:
         """What happens to the answer, if anything."""
         for kind in ("http_error", "hang", "cut", *ODD):
-            wish = self.server.store.misbehaviours.strike(kind, facts)
+            wish = self.server.store.misbehaviours.strike(kind, subject)
             if wish is not None:
                 return kind, wish
         return None, {}

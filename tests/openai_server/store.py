@@ -74,7 +74,7 @@ class Batch:
         return status
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def subject(self) -> dict[str, Any]:
         """What a misbehaviour's ``where`` may name."""
         return {
             "endpoint": "batches.create",
@@ -233,9 +233,9 @@ class Store:
         with self.changed:
             return {
                 "requests": {endpoint: dict(statuses) for endpoint, statuses in self.requests.items()},
-                "batches": [_books(each) for each in self.batches.values()],
+                "batches": [_books(batch) for batch in self.batches.values()],
                 "batches_created": self.batches_created,
-                "files": [each.as_json() for each in self.files.values()],
+                "files": [file.as_json() for file in self.files.values()],
                 "files_created": self.files_created,
                 "enqueued_tokens": dict(self.enqueued_tokens),
                 "peak_enqueued_tokens": self.peak_enqueued_tokens,

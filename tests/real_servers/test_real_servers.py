@@ -117,7 +117,7 @@ def infinity(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         word for name, folder in folders.items() for word in ("--model-id", str(folder), "--served-model-name", name)
     ]
     arguments = ["infinity_emb", "v2", *models, "--port", str(port), "--host", "127.0.0.1", "--url-prefix", "/v1"]
-    each = {
+    single = {
         "ENGINE": "torch;torch",
         "DEVICE": "cpu;cpu",
         "BETTERTRANSFORMER": "false;false",
@@ -125,7 +125,7 @@ def infinity(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     }
     started = RealServer(
         "infinity", arguments, port, tmp_path_factory.mktemp("infinity"),
-        INFINITY_ANONYMOUS_USAGE_STATS="0", **{f"INFINITY_{name}": value for name, value in each.items()},
+        INFINITY_ANONYMOUS_USAGE_STATS="0", **{f"INFINITY_{name}": value for name, value in single.items()},
     )  # fmt: skip
     yield started
     started.stop()

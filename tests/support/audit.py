@@ -35,20 +35,20 @@ def ask(command: Sequence[str], limit_s: float) -> tuple[list[dict[str, Any]], s
 
 def judge(packages: Sequence[dict[str, Any]], problem: str) -> tuple[list[str], bool]:
     """Return the lines to print, and whether a vulnerability is known."""
-    found = [(package, each) for package in packages for each in package.get("vulns", ())]
+    known = [(package, vulnerability) for package in packages for vulnerability in package.get("vulns", ())]
     said = [
-        f"{package['name']} {package['version']}: {each['id']}, "
-        f"fixed in {', '.join(each['fix_versions']) or 'no release yet'}"
-        for package, each in found
+        f"{package['name']} {package['version']}: {vulnerability['id']}, "
+        f"fixed in {', '.join(vulnerability['fix_versions']) or 'no release yet'}"
+        for package, vulnerability in known
     ]
     unknown = sum("skip_reason" in package for package in packages)
     if problem or not packages:
         said.append(f"warning: nothing was audited: {problem or 'no package was named'}")
     elif unknown:
         said.append(f"warning: {unknown} of {len(packages)} packages are unknown to the index and were not audited")
-    if not found and unknown < len(packages):
+    if not known and unknown < len(packages):
         said.append(f"no known vulnerability in {len(packages) - unknown} packages")
-    return said, bool(found)
+    return said, bool(known)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -116,13 +116,13 @@ class Corridor:
             self.run_until(lambda: not self.rows("SELECT FROM provider_batches WHERE state <> 'closed'"))
         return [self.client.job(job.id) for job in jobs]
 
-    def rows(self, query: str, **facts: Any) -> list[dict[str, Any]]:
+    def rows(self, query: str, **parameters: Any) -> list[dict[str, Any]]:
         with self.db.begin() as conn:
-            return [dict(row._mapping) for row in conn.execute(sa.text(query), facts)]
+            return [dict(row._mapping) for row in conn.execute(sa.text(query), parameters)]
 
-    def one(self, query: str, **facts: Any) -> Any:
+    def one(self, query: str, **parameters: Any) -> Any:
         with self.db.begin() as conn:
-            return conn.execute(sa.text(query), facts).scalar_one()
+            return conn.execute(sa.text(query), parameters).scalar_one()
 
     def batches(self) -> list[dict[str, Any]]:
         return self.rows("SELECT * FROM provider_batches ORDER BY id")

@@ -33,7 +33,7 @@ class Scene:
         self._files = {file["id"] for file in state["files"]}
         self._batches = len(state["batches"])
         self._charges = len(self.server.charges())
-        self._asked = Counter({each: sum(n.values()) for each, n in state["requests"].items()})
+        self._asked = Counter({request: sum(n.values()) for request, n in state["requests"].items()})
 
     def text(self, i: int) -> str:
         return f"{self.name} text {i}"
@@ -73,8 +73,8 @@ class Scene:
     # The server's books since the scene began
 
     def batches(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.server.state()["batches"][self._batches :]
-        return found
+        batches: list[dict[str, Any]] = self.server.state()["batches"][self._batches :]
+        return batches
 
     def charges(self) -> list[dict[str, Any]]:
         return self.server.charges()[self._charges :]
@@ -95,8 +95,8 @@ class Scene:
         )[0]
         charged = self.charges()
         assert booked == {
-            "contents": sum(each["inputs"] for each in charged) - unanswered_contents,
-            "tokens": sum(each["tokens"] for each in charged) - unanswered_tokens,
+            "contents": sum(charge["inputs"] for charge in charged) - unanswered_contents,
+            "tokens": sum(charge["tokens"] for charge in charged) - unanswered_tokens,
         }
         used = self.corridor.one("SELECT coalesce(sum(tokens), 0)::int FROM usage")
         # Searches and probes belong to no job, and so to no attempt.
@@ -132,10 +132,10 @@ class Scene:
         return max(charged for charged, _ in self.attempts())
 
     def oddities(self) -> Counter[str]:
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for batch in self.corridor.batches():
-            found.update(batch["oddities"])
-        return found
+            counts.update(batch["oddities"])
+        return counts
 
 
 _CHARGED = "SELECT state, attempt - (max_attempts - :most) AS charged FROM chunk_batches ORDER BY id"

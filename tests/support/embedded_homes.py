@@ -56,9 +56,9 @@ def kill_servers_of(folder: Path) -> None:
 
 def servers_of(folder: Path) -> list[int]:
     """Return the processes whose output goes into a file of `folder`, even if that file has been removed since."""
-    found = []
+    pids = []
     for output in Path("/proc").glob("[0-9]*/fd/1"):
         with suppress(OSError):  # the process has just ended, or belongs to another user
             if str(output.readlink()).startswith(f"{folder}/"):
-                found.append(int(output.parts[2]))
-    return found
+                pids.append(int(output.parts[2]))
+    return pids

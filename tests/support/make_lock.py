@@ -41,16 +41,16 @@ def main(uv: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         build = Path(folder) / "build.in"
         build.write_text("\n".join(BUILD))
-        found = {"producer": compiled(uv, "pyproject.toml"), "build": compiled(uv, str(build))}
+        locks = {"producer": compiled(uv, "pyproject.toml"), "build": compiled(uv, str(build))}
     for extra in extras:
-        found[extra] = compiled(uv, "--extra", extra, "pyproject.toml")
-    packages = {name: lines for blocks in found.values() for name, lines in blocks.items()}
+        locks[extra] = compiled(uv, "--extra", extra, "pyproject.toml")
+    packages = {name: lines for blocks in locks.values() for name, lines in blocks.items()}
     packages.pop("pip", None)  # every virtual environment has one, and it is what reads this file
     text = HEAD
     for name, lines in sorted(packages.items()):
-        extras_of = [extra for extra, blocks in found.items() if name in blocks]
+        extras_of = [extra for extra, blocks in locks.items() if name in blocks]
         if FOR_TORCH.match(name):
-            extras_of = [f"{extra}:cuda" for extra, blocks in found.items() if "torch" in blocks]
+            extras_of = [f"{extra}:cuda" for extra, blocks in locks.items() if "torch" in blocks]
         if name == "torch":
             version = lines.split("==")[1].split()[0]
             hashes = "".join(f" \\\n    --hash=sha256:{digest}" for digest in CPU[version])

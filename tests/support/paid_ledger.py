@@ -23,22 +23,22 @@ def register(db: sa.Engine, settings: Settings, model: str = SMALL, dimensions: 
         return registry.register(conn, settings.provider_models[model].space(OnLong.TRUNCATE, dimensions))
 
 
-def add_provider_batch(conn: sa.Connection, space: registry.Space, state: str = "submitted", **facts: Any) -> int:
-    """Add a ProviderBatch and return its id. ``facts`` are columns."""
-    values = {"space_id": space.id, "state": state, "token": "token", **facts}
+def add_provider_batch(conn: sa.Connection, space: registry.Space, state: str = "submitted", **columns: Any) -> int:
+    """Add a ProviderBatch and return its id. ``columns`` are more columns."""
+    values = {"space_id": space.id, "state": state, "token": "token", **columns}
     made: int = conn.execute(sa.insert(ProviderBatchRow).values(values).returning(ProviderBatchRow.id)).scalar_one()
     return made
 
 
 def add_inputs(
-    conn: sa.Connection, space: registry.Space, provider_batch_id: int | None, hashes: Iterable[bytes], **facts: Any
+    conn: sa.Connection, space: registry.Space, provider_batch_id: int | None, hashes: Iterable[bytes], **columns: Any
 ) -> None:
     """Add contents in flight, each in its own request. The requests are plain if ``provider_batch_id`` is None."""
     for number, content_hash in enumerate(hashes):
         values = {
             "space_id": space.id, "content_hash": content_hash, "provider_batch_id": provider_batch_id,
             "chunk_batch_id": 1, "attempt": 1, "job_id": 1, "request_no": number, "position": 0, "n_tokens": 10,
-            "sent_tokens": 10, "truncated": False, **facts,
+            "sent_tokens": 10, "truncated": False, **columns,
         }  # fmt: skip
         conn.execute(sa.insert(ProviderInputRow).values(values))
 

@@ -37,7 +37,7 @@ def licence(name: str) -> str:
 
 def parts(lock: str) -> list[dict[str, Any]]:
     """One CycloneDX component for each package that some machine in production installs."""
-    found = []
+    parts = []
     for extras, lines in read_lock(lock):
         builds = {extra.partition(":")[2] for extra in extras} - {""}
         if {extra.partition(":")[0] for extra in extras} <= NOT_INSTALLED or builds - set(TORCH):
@@ -54,8 +54,8 @@ def parts(lock: str) -> list[dict[str, Any]]:
         }
         if stated := licence(name):
             component["licenses"] = [{"license": {"name": stated}}]
-        found.append(component)
-    return found
+        parts.append(component)
+    return parts
 
 
 def bill(lock: str) -> dict[str, Any]:

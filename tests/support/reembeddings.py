@@ -44,8 +44,8 @@ def swap_in(conn: sa.Connection, collection_id: int) -> None:
         SET space_id = :old, role = 'previous', on_long = :on_long
         WHERE collection_id = :id AND space_id = :new
     """
-    facts = {"old": active.id, "new": other.id, "id": collection_id, "on_long": active.spec.long_text.policy}
-    conn.execute(sa.text(beside), facts)
+    parameters = {"old": active.id, "new": other.id, "id": collection_id, "on_long": active.spec.long_text.policy}
+    conn.execute(sa.text(beside), parameters)
     flipped = "UPDATE reembeddings SET state = 'flipped', flipped_at = coalesce(flipped_at, now()) WHERE id = :id"
     conn.execute(sa.text(flipped), {"id": other.reembedding_id})
 

@@ -43,7 +43,7 @@ def recording() -> Iterator[list[Event]]:
         result = execute(self, query, params, **more)
         text = query.decode() if isinstance(query, bytes) else query
         # A query that is not text is one of psycopg's own about types.
-        if isinstance(text, str) and not any(each in text for each in OWN):
+        if isinstance(text, str) and not any(name in text for name in OWN):
             events.append({"on": number(self.connection), "sql": text, "params": encode(params), "rows": self.rowcount})
         return result
 
@@ -111,9 +111,9 @@ def encode(value: Any) -> Any:
     """Return the value as JSON. A value that JSON cannot hold gets a tag."""
     match value:
         case dict():
-            return {key: encode(each) for key, each in value.items()}
+            return {key: encode(item) for key, item in value.items()}
         case list() | tuple():
-            return [encode(each) for each in value]
+            return [encode(item) for item in value]
         case bytes() | memoryview():
             return {"$bytes": base64.b64encode(bytes(value)).decode()}
         case psycopg.Binary():
@@ -137,7 +137,7 @@ def encode(value: Any) -> Any:
 
 def decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [decode(each) for each in value]
+        return [decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
@@ -155,7 +155,7 @@ def decode(value: Any) -> Any:
                 return timedelta(seconds=held)
             case "$decimal":
                 return Decimal(held)
-    return {key: decode(each) for key, each in value.items()}
+    return {key: decode(item) for key, item in value.items()}
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def line(custom_id: str, given: Any, **body: Any) -> dict[str, Any]:
 
 
 def jsonl(*lines: Mapping[str, Any]) -> bytes:
-    return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 class TwoTenants:
@@ -136,7 +136,7 @@ def openai_client(gateway: RunningGateway, key: str) -> openai.OpenAI:
 
 
 def upload(api: openai.OpenAI, *lines: Mapping[str, Any] | bytes, **more: Any) -> str:
-    content = b"".join(each if isinstance(each, bytes) else jsonl(each) for each in lines)
+    content = b"".join(line if isinstance(line, bytes) else jsonl(line) for line in lines)
     return api.files.create(file=("lines.jsonl", content), purpose="batch", **more).id
 
 
@@ -153,8 +153,8 @@ def ended(api: openai.OpenAI, batch_id: str) -> Any:
 
 def lines_of(api: openai.OpenAI, file_id: str) -> dict[str, Any]:
     read = [json.loads(text) for text in api.files.content(file_id).text.splitlines()]
-    assert len({each["custom_id"] for each in read}) == len(read)
-    return {each["custom_id"]: each for each in read}
+    assert len({line["custom_id"] for line in read}) == len(read)
+    return {line["custom_id"]: line for line in read}
 
 
 def rows(db: sa.Engine, query: str, **values: object) -> list[Any]:

@@ -92,15 +92,15 @@ def batches() -> None:
     }
     case("a batch", [answers[f"request-{n}"] for n in range(len(TEXTS))])
     second = api.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
-    assert {each.id for each in api.batches.list(limit=1)} >= {batch.id, second.id}  # it asks for the pages
+    assert {batch.id for batch in api.batches.list(limit=1)} >= {batch.id, second.id}  # it asks for the pages
     if second.status not in {"completed", "finalizing"}:
         try:
             assert api.batches.cancel(second.id).status in {"cancelling", "cancelled"}
         except openai.ConflictError:  # it was faster
             assert api.batches.retrieve(second.id).status in {"completed", "finalizing"}
-    assert file.id in {each.id for each in api.files.list(purpose="batch")}
+    assert file.id in {file.id for file in api.files.list(purpose="batch")}
     assert api.files.delete(file.id).deleted
-    assert file.id not in {each.id for each in api.files.list()}
+    assert file.id not in {file.id for file in api.files.list()}
 
 
 def given_seconds() -> float:

@@ -52,38 +52,38 @@ def seconds(duration: str) -> int:
 def compose_problems(compose: dict[str, Any]) -> list[str]:
     services = compose["services"]
     networks = compose["networks"]
-    found: list[str] = []
+    problems: list[str] = []
 
     for name, service in services.items():
         if service.get("ports") and name in STORES:
-            found.append(f"{name} publishes a port")
-        found += [
+            problems.append(f"{name} publishes a port")
+        problems += [
             f"{name} publishes {port} beyond the loopback"
             for port in service.get("ports", [])
             if not port.startswith("127.0.0.1:")
         ]
         if not re.search(r":[^:]*\d", service["image"]) and "build" not in service:
-            found.append(f"{name}: the image has no version")
+            problems.append(f"{name}: the image has no version")
         if "ALL" not in service.get("cap_drop", []) or service.get("cap_add") or service.get("privileged"):
-            found.append(f"{name} has capabilities")
+            problems.append(f"{name} has capabilities")
         if "no-new-privileges:true" not in service.get("security_opt", []):
-            found.append(f"{name} may gain privileges")
+            problems.append(f"{name} may gain privileges")
         if not service.get("read_only"):
-            found.append(f"{name} may write to its root file system")
+            problems.append(f"{name} may write to its root file system")
         if "mem_limit" not in service:
-            found.append(f"{name} may use all memory")
+            problems.append(f"{name} may use all memory")
         if "max-size" not in service.get("logging", {}).get("options", {}):
-            found.append(f"{name} logs without a limit")
+            problems.append(f"{name} logs without a limit")
         if not service.get("init"):
-            found.append(f"{name} has no init")
+            problems.append(f"{name} has no init")
         if name in ONE_SHOT:
             if service["restart"] != "no":
-                found.append(f"{name} is started again after it ended")
+                problems.append(f"{name} is started again after it ended")
             continue
         if service["restart"] != "unless-stopped":
-            found.append(f"{name} is not restarted")
+            problems.append(f"{name} is not restarted")
         if "test" not in service.get("healthcheck", {}):
-            found.append(f"{name} has no health check")
+            problems.append(f"{name} has no health check")
         # After its timeout Docker kills only the shell, and what the shell started goes on.
         check = service.get("healthcheck", {})
         kind, *words = check.get("test", ["none"])
@@ -92,51 +92,51 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
         if kind == "CMD-SHELL" and (
             len(limits) != len(programs) or any(int(limit) >= seconds(check["timeout"]) for limit in limits)
         ):
-            found.append(f"{name}'s health check may outlive its timeout")
+            problems.append(f"{name}'s health check may outlive its timeout")
         if "celery" in str(words) and seconds(check.get("start_interval", "5s")) < seconds(check["interval"]):
-            found.append(f"{name} is asked every few seconds while it starts")
+            problems.append(f"{name} is asked every few seconds while it starts")
         if "stop_grace_period" not in service:
-            found.append(f"{name} has no time to stop in")
+            problems.append(f"{name} has no time to stop in")
         if name not in {*STORES, "flower"} and service["depends_on"].get("migrate") != {
             "condition": "service_completed_successfully"
         }:
-            found.append(f"{name} may start on an old schema")
+            problems.append(f"{name} may start on an old schema")
 
     for name in STORES:
         if [n for n in services[name]["networks"] if not (networks[n] or {}).get("internal")]:
-            found.append(f"{name} is on a network that is not internal")
+            problems.append(f"{name} is on a network that is not internal")
         if not services[name].get("volumes"):
-            found.append(f"{name} keeps nothing")
+            problems.append(f"{name} keeps nothing")
     if any("/data" in v for v in services["postgres"].get("volumes", [])):
-        found.append("postgres: PostgreSQL 18's image refuses a volume at .../data")
+        problems.append("postgres: PostgreSQL 18's image refuses a volume at .../data")
     if seconds(services["postgres"].get("stop_grace_period", "0s")) < 60:
-        found.append("postgres has no time for its checkpoint")
+        problems.append("postgres has no time for its checkpoint")
 
     redis = " ".join(services["redis"]["command"])
     options = ("--appendonly yes", "--appendfsync everysec", "--maxmemory-policy noeviction")
-    found += [f"redis: {option} is missing" for option in options if option not in redis]
+    problems += [f"redis: {option} is missing" for option in options if option not in redis]
 
     for name in WORKERS:
         worker = services[name]
         if NOT_A_DRAIN.search(json.dumps(worker)) or worker.get("stop_signal") != "SIGTERM":
-            found.append(f"{name} is stopped by something else than SIGTERM")
+            problems.append(f"{name} is stopped by something else than SIGTERM")
         if seconds(worker.get("stop_grace_period", "0s")) < (130 if name == "worker-openai" else 30):
-            found.append(f"{name} has no time to drain")
+            problems.append(f"{name} has no time to drain")
         node = worker["command"][worker["command"].index("-n") + 1] if "-n" in worker["command"] else "celery@%h"
         if f"--destination {node.replace('%h', '$$HOSTNAME')} " not in str(worker["healthcheck"].get("test")):
-            found.append(f"{name}'s health check asks another worker")
+            problems.append(f"{name}'s health check asks another worker")
         if not worker.get("profiles"):
-            found.append(f"{name} has no profile")
+            problems.append(f"{name} has no profile")
     devices = services["worker"].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
     if not any(d.get("driver") == "nvidia" and "gpu" in d["capabilities"] for d in devices):
-        found.append("worker reserves no GPU")
+        problems.append("worker reserves no GPU")
 
     command = services["poller"]["command"]
     heartbeat = command[command.index("--heartbeat") + 1] if "--heartbeat" in command else "none"
     if f"find {heartbeat} -mmin " not in str(
         services["poller"].get("healthcheck", {"test": f"find {heartbeat} -mmin "})
     ):
-        found.append("poller's health check does not ask this poller")
+        problems.append("poller's health check does not ask this poller")
 
     for name, service in services.items():
         values = " ".join(map(str, service["environment"].values()))
@@ -150,46 +150,46 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
         }
         purpose = "worker" if name.startswith("worker") else name
         if sorted(users) != sorted(expected.get(name, [f"chunkmill_{purpose}", "chunkmill"])):
-            found.append(f"{name} has the rights of {users}")
+            problems.append(f"{name} has the rights of {users}")
     if [
         name
         for name, service in services.items()
         if "${POSTGRES_PASSWORD" in str(service) and name not in PSQL | STORES
     ]:
-        found.append("a service of ours knows the superuser's password")
+        problems.append("a service of ours knows the superuser's password")
     if "migrate" in services["cli"]["depends_on"]:
-        found.append("a command that only looks would migrate")
+        problems.append("a command that only looks would migrate")
     if services["migrate"]["depends_on"].keys() != {"roles"} or "rights" not in services["poller"]["depends_on"]:
-        found.append("the roles are not made in time")
+        problems.append("the roles are not made in time")
     if "--include /tmp/users.conf" not in redis:
-        found.append("redis has no users")
+        problems.append("redis has no users")
 
     flower = " ".join(services["flower"]["command"])
     if "--read_only=True" not in flower:
-        found.append("flower can stop workers")
+        problems.append("flower can stop workers")
     if "--basic_auth" in flower or "FLOWER_BASIC_AUTH" not in services["flower"]["environment"]:
-        found.append("flower's password is missing, or in the process list")
-    return found
+        problems.append("flower's password is missing, or in the process list")
+    return problems
 
 
 def variable_problems(compose: str, env_example: str) -> list[str]:
     """A variable is documented; a secret is required, or passed on under its own name with no default."""
-    found: list[str] = []
+    problems: list[str] = []
     documented = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", env_example, re.MULTILINE))
     secret = re.compile(r"PASSWORD|AUTH|KEY|TOKEN$|SECRET")
     interpolated = re.findall(r"\$\{([A-Z0-9_]+)([^}]*)\}", compose)
     passed_on = re.findall(r"^ +([A-Z][A-Z0-9_]*):$", compose, re.MULTILINE)
     for name, modifier in interpolated:
         if secret.search(name) and not modifier.startswith(":?"):
-            found.append(f"{name} is a secret that is not required")
-    found += [f"{name} is not in env.example" for name, _ in interpolated if name not in documented]
-    found += [f"{name} is not in env.example" for name in passed_on if name not in documented]
+            problems.append(f"{name} is a secret that is not required")
+    problems += [f"{name} is not in env.example" for name, _ in interpolated if name not in documented]
+    problems += [f"{name} is not in env.example" for name in passed_on if name not in documented]
     for name, value in re.findall(r"^#?([A-Z][A-Z0-9_]*)=(.+)$", env_example, re.MULTILINE):
         if secret.search(name):
-            found.append(f"env.example gives {name} the value {value}")
+            problems.append(f"env.example gives {name} the value {value}")
     for name in re.findall(r"^ +([A-Z0-9_]*(?:PASSWORD|AUTH|_KEY|SECRET)): +[^$ ]", compose, re.MULTILINE):
-        found.append(f"docker-compose.yml gives {name} a value")
-    return found
+        problems.append(f"docker-compose.yml gives {name} a value")
+    return problems
 
 
 def schema_problems(compose: dict[str, Any]) -> list[str]:
@@ -399,33 +399,33 @@ def dockerfile_stages(text: str) -> dict[str, list[str]]:
 
 def dockerfile_problems(text: str) -> list[str]:
     stages = dockerfile_stages(text)
-    found: list[str] = []
+    problems: list[str] = []
     base = stages["base"][0].split()[1]
     if not re.search(r":\d+\.\d+-\w+-\w+$", base):
-        found.append("the base image names no minor version and Debian release")
+        problems.append("the base image names no minor version and Debian release")
     for target in ("app", "worker"):
         users = [line.split()[1] for line in stages[target] if line.startswith("USER ")]
         if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
-            found.append(f"{target} runs as root")
+            problems.append(f"{target} runs as root")
         if [line for line in stages[target] if line.startswith("STOPSIGNAL ")][-1:] != ["STOPSIGNAL SIGTERM"]:
-            found.append(f"{target} is not stopped by SIGTERM")
+            problems.append(f"{target} is not stopped by SIGTERM")
         if [line for line in stages[target] if "apt-get" in line or "build-essential" in line]:
-            found.append(f"{target} installs system packages")
+            problems.append(f"{target} installs system packages")
         copied = f"COPY --from={target}-deps /opt/venv /opt/venv"
         if copied not in stages[target]:
-            found.append(f"{target} does not take its own dependencies")
+            problems.append(f"{target} does not take its own dependencies")
         installs = [line for line in stages[f"{target}-deps"] if "pip install" in line]
         by_digest = re.compile(r"pip install --require-hashes --no-deps --only-binary :all: -r \w+\.txt(?: |$)")
         if not installs or any(line.count("pip install") != len(by_digest.findall(line)) for line in installs):
-            found.append(f"{target} installs what has no digest")
+            problems.append(f"{target} installs what has no digest")
         extras = set(re.findall(r"locked\.py ([\w,]+) > requirements\.txt", " ".join(installs)))
         if extras != {
             {"app": "documents,embedded,flower,gateway,metrics,openai,tracing", "worker": "worker,tracing"}[target]
         }:
-            found.append(f"{target} installs {sorted(extras)}")
+            problems.append(f"{target} installs {sorted(extras)}")
     if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
-        found.append("a secret is in a layer")
-    return found
+        problems.append("a secret is in a layer")
+    return problems
 
 
 def test_the_dockerfile_keeps_every_rule() -> None:
@@ -555,41 +555,41 @@ def unit_problems(text: str) -> list[str]:
         "StartLimitIntervalSec": "0",
         "User": "chunkmill",
     }
-    found = [f"{key} is not {value}" for key, value in expected.items() if values.get(key) != value]
+    problems = [f"{key} is not {value}" for key, value in expected.items() if values.get(key) != value]
     stop = int(values.get("TimeoutStopSec", "0"))
     if stop < (130 if paid else 18):
-        found.append("the service has no time to drain")
+        problems.append("the service has no time to drain")
     if stop > (25 if worker else 150 if paid else 30):
-        found.append("the service may outlast its machine")
+        problems.append("the service may outlast its machine")
     if "RestartPreventExitStatus" in values or "RestartForceExitStatus" in values:
-        found.append("an exit code has a rule of its own")
+        problems.append("an exit code has a rule of its own")
     if NOT_A_DRAIN.search("\n".join(lines)):
-        found.append("a signal or setting that is not a drain")
+        problems.append("a signal or setting that is not a drain")
     if re.search(r"PASSWORD|API_KEY|://", "\n".join(lines)):
-        found.append("a secret or an address is in the unit")
+        problems.append("a secret or an address is in the unit")
     if "network-online.target" not in values.get("After", "").split():
-        found.append("the network may be gone before the drain is over")
-    found += [f"{key} is not {value}" for key, value in SANDBOX.items() if values.get(key) != value]
-    found += [f"{key} is not yes" for key in ALONE if values.get(key) != "yes" and not worker]
+        problems.append("the network may be gone before the drain is over")
+    problems += [f"{key} is not {value}" for key, value in SANDBOX.items() if values.get(key) != value]
+    problems += [f"{key} is not yes" for key in ALONE if values.get(key) != "yes" and not worker]
     if worker:
         # A start after exit 78 costs a model's load; seconds apart, such starts would keep the CPU busy for nothing.
         if int(values.get("RestartSec", "0")) < 15:
-            found.append("a wrong configuration is tried again at once")
+            problems.append("a wrong configuration is tried again at once")
         if "/run/lock" not in values.get("ReadWritePaths", ""):
-            found.append("the locks on GPUs are private")
+            problems.append("the locks on GPUs are private")
         # ProtectClock allows one device, and with that no other.
         if {"yes"} & {values.get(key) for key in ("PrivateDevices", "MemoryDenyWriteExecute", "ProtectClock")}:
-            found.append("the sandbox hides the GPU or forbids its kernels")
+            problems.append("the sandbox hides the GPU or forbids its kernels")
     if command.endswith("chunkmill worker") and values.get("OOMPolicy") != "continue":
-        found.append("one worker that runs out of memory ends all")
+        problems.append("one worker that runs out of memory ends all")
     if paid and "/etc/chunkmill/openai.env" not in values["EnvironmentFile"].split():
-        found.append("the key is not in a file of its own")
+        problems.append("the key is not in a file of its own")
     if " celery " in f" {command.replace('/', ' ')} ":
         if not paid and "CUDA_VISIBLE_DEVICES=%i" not in values["Environment"].split():
-            found.append("the worker sees every GPU")
+            problems.append("the worker sees every GPU")
         if "@%%h" not in command:
-            found.append("the node's name holds systemd's %h")
-    return found
+            problems.append("the node's name holds systemd's %h")
+    return problems
 
 
 def test_the_units_keep_every_rule() -> None:

@@ -62,41 +62,41 @@ def significant(unit: str) -> list[str]:
 
 
 def shared_lines(text: str) -> str:
-    found = SHARED.search(text)
-    return found.group() if found else ""
+    match = SHARED.search(text)
+    return match.group() if match else ""
 
 
 def script_problems(name: str, text: str) -> list[str]:
     header, _, body = text.partition("\nset -euo pipefail\n")
     commands = [line.strip() for line in body.splitlines() if not line.lstrip().startswith("#")]
-    found: list[str] = []
+    problems: list[str] = []
     if not text.startswith("#!/usr/bin/env bash\n") or not body:
-        found.append("it goes on after a command that failed")
+        problems.append("it goes on after a command that failed")
     if "[--dry-run | --help]" not in header or not all(line[:1] in ("", "#") for line in header.splitlines()):
-        found.append("it does not begin with its usage")
-    found += [f"{option} is in no command that makes machines" for option in CREATES[name] if option not in header]
+        problems.append("it does not begin with its usage")
+    problems += [f"{option} is in no command that makes machines" for option in CREATES[name] if option not in header]
     if re.search(r"set -[a-z]*x|bash -x|set -o xtrace", text):
-        found.append("it shows the commands it runs")
+        problems.append("it shows the commands it runs")
     if re.search(r"://[^/\s]+:[^/\s]+@|(?:PASSWORD|API_KEY|TOKEN)=[^\s$\"']|AKIA[A-Z0-9]{8}|-----BEGIN", text):
-        found.append("a secret is in its text")
+        problems.append("a secret is in its text")
     if [line for line in commands if "curl" in line and "Authorization" in line]:
-        found.append("a token is an argument of a command")
+        problems.append("a token is an argument of a command")
     changing = re.compile(r"\b(systemctl|useradd|apt-get|-m venv|-m pip)\b")
     if [line for line in commands if changing.search(line) and not re.search(r"\brun |command -v", line)]:
-        found.append("--dry-run would change something")
+        problems.append("--dry-run would change something")
     if not (unit := re.search(r"<< 'UNIT'\n(.*?)^UNIT$", text, re.DOTALL | re.MULTILINE)):
-        found.append("it installs no unit")
+        problems.append("it installs no unit")
     elif significant(unit.group(1)) != significant(UNIT):
-        found.append("its unit is not chunkmill-worker.service")
+        problems.append("its unit is not chunkmill-worker.service")
     if name == "plain.sh":
         poller = re.search(r"<< 'POLLER'\n(.*?)^POLLER$", text, re.DOTALL | re.MULTILINE)
         if poller is None or significant(poller.group(1)) != significant(POLLER_UNIT):
-            found.append("its unit is not chunkmill-poller.service")
+            problems.append("its unit is not chunkmill-poller.service")
     if shared_lines(text) != shared_lines(SCRIPTS["plain.sh"]) or not shared_lines(text):
-        found.append("the lines that all scripts share differ")
+        problems.append("the lines that all scripts share differ")
     if name == "spot-aws.sh" and len(text.encode()) > USER_DATA_BYTES - 1024:
-        found.append("it is too long for user data")
-    return found
+        problems.append("it is too long for user data")
+    return problems
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -136,8 +136,8 @@ def test_a_broken_script_is_noticed(problem: str, name: str, old: str, new: str)
 
 
 def test_a_unit_that_went_its_own_way_is_noticed() -> None:
-    found = script_problems("spot-gcp.sh", SCRIPTS["spot-gcp.sh"].replace("KillMode=mixed", "KillMode=process"))
-    assert found == ["its unit is not chunkmill-worker.service", "the lines that all scripts share differ"]
+    problems = script_problems("spot-gcp.sh", SCRIPTS["spot-gcp.sh"].replace("KillMode=mixed", "KillMode=process"))
+    assert problems == ["its unit is not chunkmill-worker.service", "the lines that all scripts share differ"]
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)

@@ -31,22 +31,22 @@ GROUPING = re.compile(r"\b(?:by|on)\s*\(([\w\s,]*)\)")
 
 def problems_of(expression: str) -> list[str]:
     """What in a PromQL expression the table does not have: metrics, labels, values."""
-    found = []
+    problems = []
     labels_there = set(OF_PROMETHEUS)
     for name, matchers in SELECTOR.findall(expression):
         if name not in TABLE and name not in OF_THE_PROCESS:
-            found.append(f"no metric {name}")
+            problems.append(f"no metric {name}")
             continue
         labels = {label.name: label.values for label in TABLE[name].labels} if name in TABLE else {}
         labels_there |= labels.keys()
         for label, _, _, value in MATCHER.findall(matchers):
             if label not in labels and label not in OF_PROMETHEUS:
-                found.append(f"{name} has no label {label}")
+                problems.append(f"{name} has no label {label}")
             elif label in labels:
-                found += [f"{name}: {label} is never {one}" for one in value.split("|") if one not in labels[label]]
+                problems += [f"{name}: {label} is never {one}" for one in value.split("|") if one not in labels[label]]
     for names in GROUPING.findall(expression):
-        found += [f"no label {name}" for name in re.findall(r"\w+", names) if name not in labels_there]
-    return found
+        problems += [f"no label {name}" for name in re.findall(r"\w+", names) if name not in labels_there]
+    return problems
 
 
 def panels() -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def test_every_room_has_a_line_and_only_rooms_have_one(package: str) -> None:
 
 def test_the_rooms_stand_in_the_order_of_the_layers() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (each["layers"] for each in contracts if each["name"] == "chunkmill runs one way")
+    (layers,) = (contract["layers"] for contract in contracts if contract["name"] == "chunkmill runs one way")
     named = [[name.strip().removeprefix("chunkmill.") for name in layer.split("|")] for layer in layers]
     shown = [name for name in rooms("chunkmill") if "/" not in name]
     assert shown == list(itertools.chain.from_iterable(named))

@@ -45,39 +45,41 @@ def read_text(path: Path) -> str:
 
 def commands_in(text: str, *, inline: bool = True) -> list[str]:
     """What follows ``chunkmill`` in shell blocks and, with ``inline``, in inline code that begins with it."""
-    found: list[str] = []
+    written: list[str] = []
     for language, block in FENCE.findall(text):
         if language in SHELL:
             lines = re.sub(r"\\\n\s*", "", block).splitlines()
             # In a console block, only what follows a prompt is a command.
             typed = [line[2:] for line in lines if line.startswith("$ ")] if language == "console" else lines
-            found += [match.group(1) or "" for line in typed for match in COMMAND.finditer(line.partition("#")[0])]
+            written += [match.group(1) or "" for line in typed for match in COMMAND.finditer(line.partition("#")[0])]
     for code in CODE.findall(FENCE.sub("", text)) if inline else ():
         if code.startswith("chunkmill "):
-            found += [match.group(1) or "" for match in COMMAND.finditer(code)]
-    return [command.strip() for command in found]
+            written += [match.group(1) or "" for match in COMMAND.finditer(code)]
+    return [command.strip() for command in written]
 
 
 def problem_with(command: str, *, whole: bool = False) -> str | None:
     """What click says against it. Values are not looked at: ``ID`` stands for a number. With ``whole``, all that the
     command requires must be there; inline code may name a command alone."""
     context = click.Context(cli, info_name="chunkmill")
-    found: click.Command = cli
+    command_there: click.Command = cli
     words = shlex.split(command)
     try:
-        while isinstance(found, click.Group) and words and not words[0].startswith("-"):
-            if (below := found.get_command(context, words[0])) is None:
+        while isinstance(command_there, click.Group) and words and not words[0].startswith("-"):
+            if (below := command_there.get_command(context, words[0])) is None:
                 return f"no command {words[0]!r}"
             context = click.Context(below, parent=context, info_name=words.pop(0), **below.context_settings)
-            found = below
+            command_there = below
         # `up | down` in the table of a page is cut at the bar; a group alone shows its help.
-        values, left, _ = found.make_parser(context).parse_args(words)
+        values, left, _ = command_there.make_parser(context).parse_args(words)
     except click.UsageError as error:
         return type(error).__name__  # the wording is another in each release of click
-    if left and not isinstance(found, click.Group):
+    if left and not isinstance(command_there, click.Group):
         return f"too many arguments: {left}"
     is_complete = not whole or "help" in values
-    missing = [] if is_complete else [p.name for p in found.params if p.required and not values.get(p.name or "")]
+    missing = (
+        [] if is_complete else [p.name for p in command_there.params if p.required and not values.get(p.name or "")]
+    )
     return f"missing: {missing}" if missing else None
 
 
@@ -121,8 +123,8 @@ def test_every_make_target_and_celery_worker_exists(document: Path) -> None:
     made = {match[1] for line in typed if (match := re.match(r"make ([a-z]+)", line))}
     assert made <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in typed:
-        if found := re.match(r"(?:\w+=\S+ )*celery -A chunkmill_workers worker\s*(.*?)\s*(?:&|$)", line):
-            celery_worker.make_parser(click.Context(celery_worker)).parse_args(shlex.split(found[1]))
+        if worker_command := re.match(r"(?:\w+=\S+ )*celery -A chunkmill_workers worker\s*(.*?)\s*(?:&|$)", line):
+            celery_worker.make_parser(click.Context(celery_worker)).parse_args(shlex.split(worker_command[1]))
 
 
 def test_the_documents_that_are_about_commands_show_some() -> None:

@@ -34,10 +34,10 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in LINK.findall(FENCE.sub("", page.read_text())):
-        found = (page.parent / target).resolve() if target else page
-        assert found.exists(), f"{page.name} links to {target}"
-        if anchor and found.suffix == ".md":
-            assert anchor in anchors(found), f"{page.name} links to {target}#{anchor}"
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
 
 
 EXAMPLES = [

@@ -42,5 +42,5 @@ def test_an_audit_that_breaks_or_hangs_is_no_finding() -> None:
     ]
     assert ask(broken, 60) == ([], "ConnectionError: no network")
     assert ask([sys.executable, "-c", "import time; time.sleep(60)"], 0.1) == ([], "no answer within 0.1 s")
-    found = [sys.executable, "-c", "print('{\"dependencies\": [1]}'); raise SystemExit(1)"]
-    assert ask(found, 60) == ([1], "")
+    tool = [sys.executable, "-c", "print('{\"dependencies\": [1]}'); raise SystemExit(1)"]
+    assert ask(tool, 60) == ([1], "")

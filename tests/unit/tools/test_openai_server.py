@@ -44,7 +44,7 @@ def test_the_whole_flow_as_openai_answers_it(asking: Asking) -> None:
     assert batch.usage.input_tokens == sum(len(TOKENS.encode_ordinary(text)) for text in asking.texts)
 
     assert asking.charged() == [1] * 10
-    charge = next(each for each in asking.server.charges() if each["source"] == batch.id)
+    charge = next(charge for charge in asking.server.charges() if charge["source"] == batch.id)
     assert charge["tokens"] == batch.usage.input_tokens
     for file_id in (batch.input_file_id, batch.output_file_id):
         assert file_id is not None
@@ -88,30 +88,32 @@ def test_a_batch_past_its_window_expires_with_what_was_executed(asking: Asking) 
     done, left = asking.results(ended.output_file_id), asking.results(ended.error_file_id)
     assert (ended.status, len(done), len(left)) == ("expired", 5, 5)
     assert not done.keys() & left.keys()
-    assert {(each["response"], each["error"]["code"]) for each in left.values()} == {(None, "batch_expired")}
+    assert {(result["response"], result["error"]["code"]) for result in left.values()} == {(None, "batch_expired")}
     assert sum(asking.charged()) == 5
 
 
 def test_lists_come_newest_first_in_pages(asking: Asking) -> None:
     made = [asking.create(jsonl([line("a", text)])).id for text in asking.texts[:3]]
     page = asking.client.batches.list(limit=2)
-    assert [each.id for each in page.data] == [made[2], made[1]]
+    assert [shown_batch.id for shown_batch in page.data] == [made[2], made[1]]
     assert (page.has_more, page.model_extra) == (True, {"first_id": made[2], "last_id": made[1], "object": "list"})
-    assert next(each.id for each in asking.client.batches.list(limit=1, after=made[1])) == made[0]
+    assert next(batch.id for batch in asking.client.batches.list(limit=1, after=made[1])) == made[0]
     with pytest.raises(openai.BadRequestError, match="from 1 to 100"):
         asking.client.batches.list(limit=101)
     for batch in made:
         asking.end(batch)
     files = asking.client.files.list(purpose="batch", limit=3).data
-    assert [each.id for each in files] == [asking.client.batches.retrieve(each).input_file_id for each in made[::-1]]
-    assert all(each.purpose == "batch_output" for each in asking.client.files.list(purpose="batch_output").data)
+    assert [batch_id.id for batch_id in files] == [
+        asking.client.batches.retrieve(batch_id).input_file_id for batch_id in made[::-1]
+    ]
+    assert all(file.purpose == "batch_output" for file in asking.client.files.list(purpose="batch_output").data)
 
 
 def test_a_new_batch_may_be_late_in_the_list(asking: Asking) -> None:
     asking.server.control(list_lag_seconds=3600, files_lag_seconds=3600)
     batch = asking.create(jsonl(asking.lines()))
-    assert batch.id not in [each.id for each in asking.client.batches.list().data]
-    assert batch.input_file_id not in [each.id for each in asking.client.files.list().data]
+    assert batch.id not in [batch.id for batch in asking.client.batches.list().data]
+    assert batch.input_file_id not in [file.id for file in asking.client.files.list().data]
     assert asking.end(batch.id).status == "completed"
 
 

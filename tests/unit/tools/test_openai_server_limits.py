@@ -49,9 +49,9 @@ def test_a_wrong_file_fails_its_batch_later(asking: Asking, wrong: str) -> None:
     assert batch.status == "failed"
     assert batch.errors is not None
     assert batch.errors.data is not None
-    assert [(each.code, each.line) for each in batch.errors.data] == [(code, number)]
+    assert [(error.code, error.line) for error in batch.errors.data] == [(code, number)]
     assert (batch.output_file_id, batch.error_file_id) == (None, None)
-    assert batch.id not in [each["source"] for each in asking.server.charges()]
+    assert batch.id not in [charge["source"] for charge in asking.server.charges()]
 
 
 WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {

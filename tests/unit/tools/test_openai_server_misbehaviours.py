@@ -66,15 +66,15 @@ def test_no_answer_to_create_with_the_batch_made_or_not(asking: Asking, kind: st
         asked.batches.create(input_file_id=file_id, endpoint="/v1/embeddings", completion_window="24h")
     if kind == "cut":
         assert asking.server.state()["batches_created"] - before == applied
-        found = [each for each in asking.client.batches.list() if each.input_file_id == file_id]
-        assert len(found) == applied
+        batches = [batch for batch in asking.client.batches.list() if batch.input_file_id == file_id]
+        assert len(batches) == applied
 
 
 def test_an_upload_arrives_and_its_answer_does_not(asking: Asking) -> None:
     asking.server.misbehave("cut", where={"endpoint": "files.create"}, applied=True)
     with pytest.raises(openai.APIConnectionError):
         asking.upload(b"{}", "lost-answer.jsonl")
-    assert "lost-answer.jsonl" in [each.filename for each in asking.client.files.list(purpose="batch").data]
+    assert "lost-answer.jsonl" in [file.filename for file in asking.client.files.list(purpose="batch").data]
     assert asking.server.state()["requests"]["files.create"]["cut"] == 1
 
 
@@ -118,11 +118,15 @@ def test_create_is_refused_for_what_is_enqueued(asking: Asking) -> None:
 def test_one_create_makes_two_batches(asking: Asking) -> None:
     asking.server.misbehave("created_twice")
     batch = asking.create(jsonl(asking.lines()))
-    same = [each.id for each in asking.client.batches.list(limit=2) if each.input_file_id == batch.input_file_id]
+    same = [
+        shown_batch.id
+        for shown_batch in asking.client.batches.list(limit=2)
+        if shown_batch.input_file_id == batch.input_file_id
+    ]
     assert len(same) == 2
     assert same[1] == batch.id
-    for each in same:
-        asking.end(each)
+    for batch_id in same:
+        asking.end(batch_id)
     assert asking.charged() == [2] * 10
 
 
@@ -184,7 +188,7 @@ def test_validation_fails(asking: Asking, code: str) -> None:
     batch = asking.end(asking.create(jsonl(asking.lines()), metadata={"mark": code, "more": "x"}).id)
     assert batch.errors is not None
     assert batch.errors.data is not None
-    assert [(each.code, each.line) for each in batch.errors.data] == [(code, 3)]
+    assert [(error.code, error.line) for error in batch.errors.data] == [(code, 3)]
 
 
 def test_a_readable_file_cannot_be_found(asking: Asking) -> None:
@@ -215,8 +219,10 @@ def test_a_misbehaviour_waits_for_its_turn_and_is_recorded(asking: Asking) -> No
     asking.client.files.list()
     with pytest.raises(openai.InternalServerError):
         asking.client.files.list()
-    recorded = next(each for each in asking.server.state()["misbehaviours"] if each["number"] == number)
-    assert [each["endpoint"] for each in recorded["fired"]] == ["files.list"]
+    recorded = next(
+        misbehaviour for misbehaviour in asking.server.state()["misbehaviours"] if misbehaviour["number"] == number
+    )
+    assert [strike["endpoint"] for strike in recorded["fired"]] == ["files.list"]
     asking.server.misbehave("http_error", times=None)
     asking.server.calm()
     asking.client.files.list()

@@ -19,7 +19,7 @@ def test_completed_and_all_of_it_failed(asking: Asking) -> None:
     asking.server.misbehave("all_failed", status=500)
     batch = asking.run()
     assert (batch.status, batch.output_file_id) == ("completed", None)
-    assert {each["response"]["status_code"] for each in asking.results(batch.error_file_id).values()} == {500}
+    assert {result["response"]["status_code"] for result in asking.results(batch.error_file_id).values()} == {500}
     assert asking.charged() == [0] * 10
 
 
@@ -34,13 +34,13 @@ def test_some_lines_fail_by_what_they_hold_or_by_their_number(asking: Asking) ->
     asking.server.misbehave("line_failures", status=429, marker=asking.texts[4], times=None)
     batch = asking.run()
     failed = asking.results(batch.error_file_id)
-    assert [(key, each["response"]["status_code"]) for key, each in failed.items()] == [("t4", 429)]
+    assert [(key, failure["response"]["status_code"]) for key, failure in failed.items()] == [("t4", 429)]
     assert len(asking.results(batch.output_file_id)) == 9
     once = asking.server.misbehave("line_failures", status=400, marker=asking.texts[7])
     asking.run(jsonl([line("other", asking.texts[0])]))
     assert asking.server.fired(once) == 0, "a batch without such a line is no chance"
     failed = asking.results(asking.run().error_file_id)
-    assert {key: each["response"]["status_code"] for key, each in failed.items()} == {"t4": 429, "t7": 400}
+    assert {key: failure["response"]["status_code"] for key, failure in failed.items()} == {"t4": 429, "t7": 400}
     asking.server.calm()
     asking.server.misbehave("line_failures", every=5)
     assert len(asking.results(asking.run().error_file_id)) == 2
@@ -55,7 +55,7 @@ def lines_with(asking: Asking, kind: str, **options: Any) -> list[bytes]:
 
 
 def ids(lines: list[bytes]) -> list[str | None]:
-    return [json.loads(each)["custom_id"] for each in lines]
+    return [json.loads(line)["custom_id"] for line in lines]
 
 
 def test_lines_are_missing(asking: Asking) -> None:
@@ -81,7 +81,7 @@ def test_a_line_comes_twice(asking: Asking) -> None:
 def test_a_line_nobody_asked_for(asking: Asking) -> None:
     seen = ids(lines_with(asking, "unknown_line"))
     assert len(seen) == 11
-    assert len([each for each in seen if each is not None and each.startswith("unknown-")]) == 1
+    assert len([custom_id for custom_id in seen if custom_id is not None and custom_id.startswith("unknown-")]) == 1
 
 
 def test_a_line_without_its_custom_id(asking: Asking) -> None:
@@ -107,23 +107,27 @@ def wrong(kind: str, body: dict[str, Any]) -> bool:
     data = body["data"]
     match kind:
         case "wrong_dimensions":
-            return {len(each["embedding"]) for each in data} == {5}
+            return {len(embedding["embedding"]) for embedding in data} == {5}
         case "not_finite":
             return not np.isfinite(data[0]["embedding"]).all()
         case "zero_vector":
             return not np.any(data[0]["embedding"])
         case "missing_index":
-            return all("index" not in each for each in data)
+            return all("index" not in embedding for embedding in data)
         case "missing_item":
-            return [each["index"] for each in data] == [0, 1, 2]
+            return [embedding["index"] for embedding in data] == [0, 1, 2]
         case "shuffled_data":
-            return sorted(each["index"] for each in data) == [0, 1, 2, 3] != [each["index"] for each in data]
+            return (
+                sorted(embedding["index"] for embedding in data)
+                == [0, 1, 2, 3]
+                != [embedding["index"] for embedding in data]
+            )
         case "other_encoding":
             return isinstance(data[0]["embedding"], str)
         case "odd_usage":
             return body["usage"]["prompt_tokens"] == -5
         case "odd_index":
-            return [each.get("index") for each in data] == [None, 1, 2, 3]
+            return [embedding.get("index") for embedding in data] == [None, 1, 2, 3]
         case "other_model":
             return body["model"] == "m"
     return "usage" not in body
@@ -136,9 +140,9 @@ def test_a_body_is_wrong_in_a_batch_and_at_the_plain_endpoint(asking: Asking, ki
     results = asking.results(asking.run(content).output_file_id)
     asking.server.misbehave(kind, where={"endpoint": "embeddings.create"}, **BODIES[kind])
     sync = embed(asking, asking.texts[:4])
-    assert [wrong(kind, each) for each in (results["first"]["response"]["body"], sync)] == [True, True]
+    assert [wrong(kind, answer) for answer in (results["first"]["response"]["body"], sync)] == [True, True]
     good = embed(asking, asking.texts[:4])
-    assert [wrong(kind, each) for each in (results["second"]["response"]["body"], good)] == [False, False]
+    assert [wrong(kind, answer) for answer in (results["second"]["response"]["body"], good)] == [False, False]
 
 
 def test_not_a_number_in_base64(asking: Asking) -> None:

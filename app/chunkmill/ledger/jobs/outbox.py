@@ -281,10 +281,12 @@ def digest_of(conn: sa.Connection, job_id: int) -> bytes | None:
 
 
 _JOB = sa.text("""
-SELECT job_id, collection, fingerprint, request -> 'spec' ->> 'model', request ->> 'route', request ->> 'priority',
-       idempotency_key, n_chunks, created_at
-FROM outbox_jobs
-WHERE job_id = :job_id
+SELECT o.job_id, coalesce(aliased.name, o.collection), o.fingerprint, o.request -> 'spec' ->> 'model',
+       o.request ->> 'route', o.request ->> 'priority', o.idempotency_key, o.n_chunks, o.created_at
+FROM outbox_jobs o
+LEFT JOIN collection_aliases a ON a.name = o.collection
+LEFT JOIN collections aliased ON aliased.id = a.collection_id
+WHERE o.job_id = :job_id
 """)
 
 
@@ -301,15 +303,20 @@ def job_of_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
 
 
 # Whoever looks at some collections sees the entries for these. One for a collection that is still to be made has none.
+# An entry may name a collection by an alias.
 _LISTED = sa.text("""
-SELECT o.job_id, o.collection, o.fingerprint, o.request -> 'spec' ->> 'model', o.request ->> 'route',
-       o.request ->> 'priority', o.idempotency_key, o.n_chunks, o.created_at
+SELECT o.job_id, coalesce(aliased.name, o.collection), o.fingerprint, o.request -> 'spec' ->> 'model',
+       o.request ->> 'route', o.request ->> 'priority', o.idempotency_key, o.n_chunks, o.created_at
 FROM outbox_jobs o
+LEFT JOIN collection_aliases a ON a.name = o.collection
+LEFT JOIN collections aliased ON aliased.id = a.collection_id
 WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = o.job_id)
   AND (CAST(:before AS bigint) IS NULL OR o.job_id < CAST(:before AS bigint))
   AND (
       CAST(:collections AS bigint[]) IS NULL
-      OR o.collection IN (SELECT c.name FROM collections c WHERE c.id = ANY(CAST(:collections AS bigint[])))
+      OR coalesce(aliased.name, o.collection) IN (
+          SELECT c.name FROM collections c WHERE c.id = ANY(CAST(:collections AS bigint[]))
+      )
   )
 ORDER BY o.job_id DESC
 LIMIT :limit

@@ -106,12 +106,12 @@ def test_the_help_of_every_command_fits_and_breaks_no_word(width: int) -> None:
 
 def test_every_command_below_another_takes_json_too() -> None:
     for path in every_path()[1:]:
-        found: click.Command | None = cli
+        command: click.Command | None = cli
         for name in path:
-            assert isinstance(found, click.Group)
-            found = found.get_command(click.Context(found), name)
-        assert found is not None
-        assert any("--json" in parameter.opts for parameter in found.params), path
+            assert isinstance(command, click.Group)
+            command = command.get_command(click.Context(command), name)
+        assert command is not None
+        assert any("--json" in parameter.opts for parameter in command.params), path
 
 
 ROWS = [

@@ -16,13 +16,13 @@ def chunk(n: int, text: bytes = b"text") -> PreparedChunk:
 
 
 def test_windows_grow_up_to_the_largest() -> None:
-    found = [len(chunks) for chunks, _ in windows((chunk(n) for n in range(100)), 2, 20)]
-    assert found == [2, 8, 20, 20, 20, 20, 10]
+    sizes = [len(chunks) for chunks, _ in windows((chunk(n) for n in range(100)), 2, 20)]
+    assert sizes == [2, 8, 20, 20, 20, 20, 10]
 
 
 def test_a_window_holds_a_bounded_number_of_bytes_counted_from_its_own_beginning() -> None:
-    found = [len(chunks) for chunks, _ in windows((chunk(n, QUARTER) for n in range(10)), 1000, 1000)]
-    assert found == [4, 4, 2]
+    sizes = [len(chunks) for chunks, _ in windows((chunk(n, QUARTER) for n in range(10)), 1000, 1000)]
+    assert sizes == [4, 4, 2]
 
 
 def test_metadata_and_ids_count_as_bytes_of_a_window() -> None:
@@ -43,12 +43,14 @@ def test_the_window_of_a_slow_source_does_not_wait_until_it_is_full() -> None:
         for n in range(16, 22):
             yield chunk(n)
 
-    found = [len(chunks) + len(refused) for chunks, refused in windows(source(), 4, 1000, lambda: now[0])]
+    sizes = [len(chunks) + len(refused) for chunks, refused in windows(source(), 4, 1000, lambda: now[0])]
     # 4 fill the first window. The next two, of up to 16, are closed once they have waited for five seconds.
-    assert found == [4, 6, 6, 6]
+    assert sizes == [4, 6, 6, 6]
 
 
 def test_refused_chunks_count_for_the_size_of_a_window_and_come_with_it() -> None:
     refused = InvalidChunk("no", chunk_id="bad", position=1, reason="empty_text")
-    found = [(len(chunks), [each.chunk_id for each in bad]) for chunks, bad in windows([chunk(0), refused], 2, 2)]
-    assert found == [(1, ["bad"])]
+    pages = [
+        (len(chunks), [bad_chunk.chunk_id for bad_chunk in bad]) for chunks, bad in windows([chunk(0), refused], 2, 2)
+    ]
+    assert pages == [(1, ["bad"])]

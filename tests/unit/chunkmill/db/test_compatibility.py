@@ -21,6 +21,6 @@ KNOWN = ("0004", "0005", "0006")
     ],
 )
 def test_which_code_runs_on_which_schema(current: str | None, oldest_code: str | None, problem: str | None) -> None:
-    found = why_not(SchemaLevel(current, KNOWN, oldest_code), oldest_schema="0005")
-    assert (found is None) == (problem is None)
-    assert (problem or "") in (found or "")
+    reason = why_not(SchemaLevel(current, KNOWN, oldest_code), oldest_schema="0005")
+    assert (reason is None) == (problem is None)
+    assert (problem or "") in (reason or "")

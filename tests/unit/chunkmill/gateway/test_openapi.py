@@ -53,7 +53,7 @@ def test_each_endpoint_names_its_parameters_and_its_scope(endpoint: Endpoint) ->
 
 def test_the_document_is_whole() -> None:
     assert DOCUMENT["openapi"] == "3.1.0"
-    ids = [each["operationId"] for path in DOCUMENT["paths"].values() for each in path.values()]
+    ids = [operation["operationId"] for path in DOCUMENT["paths"].values() for operation in path.values()]
     assert len(ids) == len(set(ids)) == len(LISTED)
     for schema in every(DOCUMENT, "schema"):
         jsonschema.Draft202012Validator.check_schema(schema)

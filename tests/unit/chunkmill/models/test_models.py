@@ -100,13 +100,13 @@ def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
     dense = {"in_features": 8, "out_features": 3, "activation_function": "torch.nn.modules.activation.Tanh"}
     folder = sentence_folder(tmp_path, ("Dense", dense), ("Normalize", {}))
 
-    found = resolve_model(str(folder))
+    model = resolve_model(str(folder))
 
-    assert found.spec.dimensions == 3
-    assert found.spec.max_tokens == 128
-    assert found.spec.pooling is Pooling.MEAN
-    assert found.spec.normalize
-    assert [getattr(item, "activation", item) for item in found.modules] == ["Tanh", "normalize"]
+    assert model.spec.dimensions == 3
+    assert model.spec.max_tokens == 128
+    assert model.spec.pooling is Pooling.MEAN
+    assert model.spec.normalize
+    assert [getattr(item, "activation", item) for item in model.modules] == ["Tanh", "normalize"]
 
 
 def test_normalize_counts_only_as_the_last_module(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ def test_a_pickle_is_read_only_for_a_model_that_is_trusted_by_name(tmp_path: Pat
         with pytest.raises(UnknownModel, match=r"pytorch_model\.bin is a pickle.*EMBEDDING_TRUST_PICKLE"):
             resolve_model(name, trust=Trust(pickle=others, remote_code={name}, matryoshka={name}))
 
-    found = resolve_model(name, trust=Trust(pickle={name}))
-    assert found.pickle
-    before = found.spec.revision
+    model = resolve_model(name, trust=Trust(pickle={name}))
+    assert model.pickle
+    before = model.spec.revision
     (Path(name) / "pytorch_model.bin").write_bytes(b"another" * 20)
     assert resolve_model(name, trust=Trust(pickle={name})).spec.revision != before
     # A file that is no model is no pickle of one either.
@@ -78,9 +78,9 @@ def test_code_is_run_only_for_a_model_that_is_trusted_by_name(tmp_path: Path) ->
         with pytest.raises(UnknownModel, match=r"architecture own .*auto_map.*EMBEDDING_TRUST_REMOTE_CODE"):
             resolve_model(name, trust=Trust(pickle={name}, remote_code=others))
 
-    found = resolve_model(name, trust=Trust(remote_code={name}))
-    assert found.remote_code
-    assert not found.pickle
+    model = resolve_model(name, trust=Trust(remote_code={name}))
+    assert model.remote_code
+    assert not model.pickle
     for file in ("conf.py", "net.py", "parts.py"):
         before = resolve_model(name, trust=Trust(remote_code={name})).spec.revision
         (Path(name) / file).write_bytes(b"x = 2")
@@ -102,10 +102,10 @@ def test_code_that_is_not_in_the_folder_is_not_covered_by_its_revision(tmp_path:
 def test_a_native_architecture_needs_no_code_even_when_it_is_trusted(tmp_path: Path) -> None:
     name = code_folder(tmp_path, model_type="nomic_bert")
 
-    found = resolve_model(name, trust=Trust(remote_code={name}))
+    model = resolve_model(name, trust=Trust(remote_code={name}))
 
-    assert not found.remote_code
-    assert found == resolve_model(name)
+    assert not model.remote_code
+    assert model == resolve_model(name)
 
 
 def test_classes_of_the_folders_own_stay_unsupported(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_a_pickled_dense_module_needs_the_same_trust(tmp_path: Path) -> None:
 
     with pytest.raises(UnknownModel, match=r"2_Dense/pytorch_model\.bin is a pickle"):
         resolve_model(name)
-    found = resolve_model(name, trust=Trust(pickle={name}))
-    assert [layer.weights.name for layer in found.modules if not isinstance(layer, str)] == ["pytorch_model.bin"]
-    assert not found.pickle  # that of the transformer
-    before = found.spec.revision
+    model = resolve_model(name, trust=Trust(pickle={name}))
+    assert [layer.weights.name for layer in model.modules if not isinstance(layer, str)] == ["pytorch_model.bin"]
+    assert not model.pickle  # that of the transformer
+    before = model.spec.revision
     (folder / "2_Dense/pytorch_model.bin").write_bytes(b"another")
     assert resolve_model(name, trust=Trust(pickle={name})).spec.revision != before

@@ -284,8 +284,8 @@ def ours(number: int, *, minutes: float | None, by: str = "file") -> dict[str, A
     return batch(number, minutes=minutes, **({"file": FILE} if by == "file" else {"word": WORD}))
 
 
-def found(provider: Provider) -> list[str]:
-    return [each.id for each in provider.find(FILE, WORD, since=SINCE)]
+def ids_found(provider: Provider) -> list[str]:
+    return [batch.id for batch in provider.find(FILE, WORD, since=SINCE)]
 
 
 @pytest.mark.parametrize("by", ["file", "word"])
@@ -298,14 +298,14 @@ def test_a_batch_behind_an_old_one_is_found(provider: Provider, answers: Answers
         [batch(7, minutes=1)],
     ]
 
-    assert found(provider) == ["batch_4"]
+    assert ids_found(provider) == ["batch_4"]
     assert answers.asked == 3
 
 
 def test_a_batch_of_the_very_moment_is_not_old(provider: Provider, answers: Answers) -> None:
     answers.pages = [[batch(1, minutes=-1), batch(2, minutes=0)], [ours(3, minutes=1)]]
 
-    assert found(provider) == ["batch_3"]
+    assert ids_found(provider) == ["batch_3"]
 
 
 def test_of_several_the_oldest_comes_first(provider: Provider, answers: Answers) -> None:
@@ -314,14 +314,14 @@ def test_of_several_the_oldest_comes_first(provider: Provider, answers: Answers)
         [ours(4, minutes=10, by="word"), ours(5, minutes=10)],
     ]
 
-    assert found(provider) == ["batch_4", "batch_5", "batch_2", "batch_1"]
+    assert ids_found(provider) == ["batch_4", "batch_5", "batch_2", "batch_1"]
 
 
 def test_no_more_pages_are_read_than_two_hours_of_batches_fill(provider: Provider, answers: Answers) -> None:
     pages = [[batch(n, minutes=1)] for n in range(LISTED_PAGES - 1)]
     answers.pages = [*pages, [ours(98, minutes=1)], [ours(99, minutes=1)]]
 
-    assert found(provider) == ["batch_98"]
+    assert ids_found(provider) == ["batch_98"]
 
 
 # Looking for files that nobody answered for

@@ -75,8 +75,8 @@ def test_no_label_makes_series_without_bound() -> None:
 def test_a_value_that_the_table_does_not_have_counts_as_other(counts: Counts) -> None:
     counts.add(m.PROVIDER_REQUESTS, 1, "embed", "teapot")
     counts.add(m.PROVIDER_REQUESTS, 2, "embed", "kettle")
-    found = dict(counts.series(m.PROVIDER_REQUESTS, frozenset({Role.PROVIDER})))
-    assert found["embed", "other"] == 3
+    series = dict(counts.series(m.PROVIDER_REQUESTS, frozenset({Role.PROVIDER})))
+    assert series["embed", "other"] == 3
     assert counts.total(m.PROVIDER_REQUESTS) == 3
     with pytest.raises(ValueError, match="2 labels, not 1"):
         counts.add(m.PROVIDER_REQUESTS, 1, "embed")
@@ -104,13 +104,13 @@ def test_what_is_not_seen_any_more_is_not_said_any_more(counts: Counts) -> None:
 def test_the_page(server: MetricsServer, counts: Counts) -> None:
     counts.add_all(((m.TOKENS, 30), (m.PADDED_TOKENS, 40)))
     counts.add(m.TOKENS, 5)
-    found = scraped(server.port)
-    assert found["chunkmill_tokens_total", frozenset()] == 35
-    assert found["chunkmill_padded_tokens_total", frozenset()] == 40
-    assert found["chunkmill_claims_total", frozenset({("result", "claimed")})] == 0
-    assert "process_resident_memory_bytes" in {name for name, _ in found}
-    assert not [name for name, _ in found if name.startswith("chunkmill_poller")]
-    info = next(dict(labels) for name, labels in found if name == "chunkmill_process_info")
+    samples = scraped(server.port)
+    assert samples["chunkmill_tokens_total", frozenset()] == 35
+    assert samples["chunkmill_padded_tokens_total", frozenset()] == 40
+    assert samples["chunkmill_claims_total", frozenset({("result", "claimed")})] == 0
+    assert "process_resident_memory_bytes" in {name for name, _ in samples}
+    assert not [name for name, _ in samples if name.startswith("chunkmill_poller")]
+    info = next(dict(labels) for name, labels in samples if name == "chunkmill_process_info")
     assert info == info | {"role": "worker", "name": "host:1", "label": "cpu-1@host", "device": "cpu"}
 
 

@@ -29,24 +29,24 @@ MODELS = (TABLE, SMALL, BASE, LARGE, PAID)
 MEASURED = Yardstick(SMALL, tokens_per_second=8_000.0, latency_ms=5.0, peak_mib=500.0, bytes_per_number=2)
 
 
-def by_name(found: list[Option]) -> dict[str, Option]:
-    return {option.model.name: option for option in found}
+def by_name(shown: list[Option]) -> dict[str, Option]:
+    return {option.model.name: option for option in shown}
 
 
 def fitting(
     wanted: Requirements, *, prefer: str = "quality", measured: tuple[Yardstick, ...] = (MEASURED,)
 ) -> list[str]:
-    found = options(MODELS, measured, wanted, prefer)  # type: ignore[arg-type]
-    return [option.model.name for option in found if not option.failures]
+    shown = options(MODELS, measured, wanted, prefer)  # type: ignore[arg-type]
+    return [option.model.name for option in shown if not option.failures]
 
 
 def test_a_measured_model_has_its_own_numbers_and_others_are_estimated_from_it() -> None:
-    found = by_name(options(MODELS, (MEASURED,), Requirements()))
+    named = by_name(options(MODELS, (MEASURED,), Requirements()))
 
-    assert (found["a/small"].latency_ms, found["a/small"].basis) == (5.0, "measured")
-    assert (found["a/base"].latency_ms, found["a/base"].basis) == (40.0, "estimated")
-    assert found["a/base"].tokens_per_second == 1_000.0
-    assert found["a/base"].memory_mib == pytest.approx(500 + 70e6 * 2 / 2**20)
+    assert (named["a/small"].latency_ms, named["a/small"].basis) == (5.0, "measured")
+    assert (named["a/base"].latency_ms, named["a/base"].basis) == (40.0, "estimated")
+    assert named["a/base"].tokens_per_second == 1_000.0
+    assert named["a/base"].memory_mib == pytest.approx(500 + 70e6 * 2 / 2**20)
 
 
 def test_a_smaller_model_is_not_promised_to_be_better_than_the_measured_one() -> None:
@@ -82,17 +82,17 @@ def test_each_wish_leaves_those_that_meet_it(wanted: Requirements, left: set[str
 
 
 def test_what_is_not_known_meets_no_wish() -> None:
-    found = by_name(options(MODELS, (), Requirements(latency_ms=1e9, throughput=1.0, paid=True)))
+    named = by_name(options(MODELS, (), Requirements(latency_ms=1e9, throughput=1.0, paid=True)))
 
-    assert {option.failures for option in found.values()} == {("latency", "throughput")}
+    assert {option.failures for option in named.values()} == {("latency", "throughput")}
 
 
 def test_a_licence_that_is_not_known_or_forbids_it_is_not_for_commercial_use() -> None:
     unknown, forbids = model("b/unknown", 10, licence=None), model("b/forbids", 10, licence="CC-BY-NC-4.0")
 
-    found = by_name(options([SMALL, unknown, forbids], (), Requirements(commercial=True)))
+    named = by_name(options([SMALL, unknown, forbids], (), Requirements(commercial=True)))
 
-    assert {name for name, option in found.items() if not option.failures} == {"a/small"}
+    assert {name for name, option in named.items() if not option.failures} == {"a/small"}
 
 
 def test_vectors_are_cut_if_the_model_was_trained_for_it() -> None:
@@ -117,7 +117,7 @@ def test_models_are_sorted_by_what_is_preferred() -> None:
 
 
 def test_those_that_fail_come_last_with_what_they_fail() -> None:
-    found = options(MODELS, (MEASURED,), Requirements(latency_ms=20.0, dimensions=300))
+    shown = options(MODELS, (MEASURED,), Requirements(latency_ms=20.0, dimensions=300))
 
-    assert found[0].model.name == "a/table"
-    assert by_name(found)["a/base"].failures == ("latency", "dimensions")
+    assert shown[0].model.name == "a/table"
+    assert by_name(shown)["a/base"].failures == ("latency", "dimensions")

@@ -58,7 +58,7 @@ def test_a_profile_is_read_as_it_was_written(settings: Settings) -> None:
     path = write(settings)
     assert read_profile(path) == PROFILE
     assert find(settings) == ProfileLookup(path, PROFILE)
-    assert [each.name for each in path.parent.iterdir()] == [path.name]  # and nothing half written
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # and nothing half written
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_it_is_left_out_elsewhere_and_says_to_tune_again(
 ) -> None:
     """A file that was copied or renamed: its content is looked at, not its name."""
     path = write(settings, replace(PROFILE, **change))  # type: ignore[arg-type]
-    for found in (find(settings), find(settings.model_copy(update={"embedding_profile": str(path)}))):
-        assert found.profile is None
-        assert found.problem is not None
-        assert said in found.problem
-        assert "chunkmill tune" in found.problem
+    for profile in (find(settings), find(settings.model_copy(update={"embedding_profile": str(path)}))):
+        assert profile.profile is None
+        assert profile.problem is not None
+        assert said in profile.problem
+        assert "chunkmill tune" in profile.problem
 
 
 def test_a_library_that_is_not_used_and_a_patch_release_do_not_matter() -> None:
@@ -115,10 +115,10 @@ def test_a_library_that_is_not_used_and_a_patch_release_do_not_matter() -> None:
 def test_a_broken_file_is_left_out_or_refused_if_it_was_named(settings: Settings, content: str) -> None:
     path = write(settings)
     path.write_text(content)
-    found = find(settings)
-    assert found.profile is None
-    assert found.problem is not None
-    assert str(path) in found.problem
+    profile = find(settings)
+    assert profile.profile is None
+    assert profile.problem is not None
+    assert str(path) in profile.problem
     with pytest.raises(InvalidSetting, match="EMBEDDING_PROFILE"):
         find(settings.model_copy(update={"embedding_profile": str(path)}))
 
@@ -221,11 +221,11 @@ def test_a_budget_measured_in_one_number_format_says_nothing_about_another(
     settings: Settings, name: str, other: str, same: str
 ) -> None:
     write(settings)
-    found = find(settings.model_copy(update={name: other}))
-    assert found.profile is None
-    assert found.overridden
-    assert found.problem is not None
-    assert name.upper() in found.problem
+    profile = find(settings.model_copy(update={name: other}))
+    assert profile.profile is None
+    assert profile.overridden
+    assert profile.problem is not None
+    assert name.upper() in profile.problem
     assert find(settings.model_copy(update={name: same})).profile == PROFILE
 
 

@@ -24,29 +24,33 @@ def test_a_summary_has_median_and_spread() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    found = [measured("ours", 30, 80, 20), measured("peer", 10, 20, 10), measured("elsewhere", 1, 1, 1, group="h")]
+    measurements = [
+        measured("ours", 30, 80, 20),
+        measured("peer", 10, 20, 10),
+        measured("elsewhere", 1, 1, 1, group="h"),
+    ]
 
-    stats.add_ratios(found, "peer", targets={"ours": Target(2.5)})
+    stats.add_ratios(measurements, "peer", targets={"ours": Target(2.5)})
 
-    ours = found[0].ratios["to peer"]
+    ours = measurements[0].ratios["to peer"]
     assert ours["rounds"] == [3, 4, 2]
     assert (ours["median"], ours["target"], ours["met"]) == (3, 2.5, True)
-    assert not found[1].ratios
-    assert not found[2].ratios
+    assert not measurements[1].ratios
+    assert not measurements[2].ratios
 
 
 def test_a_refused_contender_has_no_number_and_no_ratio() -> None:
     refused = measured("ours", 30, refused="too far off", target=Target(1))
-    found = [refused, measured("peer", 10)]
+    measurements = [refused, measured("peer", 10)]
 
-    stats.add_ratios(found, "peer")
-    stats.add_ratios(found, "ours")
+    stats.add_ratios(measurements, "peer")
+    stats.add_ratios(measurements, "ours")
 
     told = refused.as_json()
     assert (told["median"], told["rounds"], told["refused"]) == (None, [], "too far off")
     assert "met" not in told
     assert not refused.ratios
-    assert not found[1].ratios
+    assert not measurements[1].ratios
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,7 @@ def test_rounds_are_interleaved_and_begin_with_another_each_time() -> None:
 
     assert "".join(ran) == "abcbcacab"
     assert prepared == ran
-    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_slope() -> None:
@@ -108,8 +112,8 @@ def test_texts_are_unique_and_near_the_length_asked_for() -> None:
 
 
 def test_a_result_is_json_that_names_machine_and_versions_but_no_host(tmp_path: Path) -> None:
-    found = [measured("ours", 1.0, 2.0, target=Target(1), details={"rows": 7})]
-    result = report.document("write", found, settings={"fsync": "on"}, versions={"postgres": "18.4"})
+    measurements = [measured("ours", 1.0, 2.0, target=Target(1), details={"rows": 7})]
+    result = report.document("write", measurements, settings={"fsync": "on"}, versions={"postgres": "18.4"})
 
     path = report.write(result, tmp_path)
 

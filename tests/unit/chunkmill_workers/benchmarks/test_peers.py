@@ -37,13 +37,13 @@ def start(on: Ground, options: Mapping[str, Any] | None = None, **setting: Any) 
 
 @pytest.mark.parametrize(("half", "device"), [("bf16", "cpu"), (None, "cpu"), ("fp16", "cuda:0")])
 def test_every_peer_can_be_found(half: str | None, device: str) -> None:
-    found = peers(half, device)
+    contenders = peers(half, device)
 
-    names = [peer.name for peer in found]
+    names = [peer.name for peer in contenders]
     assert len(set(names)) == len(names)
     assert names[0] == f"{OUR} {half or 'fp32'}"
     assert REFERENCE in names
-    for peer in found:
+    for peer in contenders:
         assert importlib.util.find_spec(peer.adapter), peer.adapter
         assert peer.settings
         assert peer.needs is None or peer.needs in export.KINDS
@@ -161,7 +161,7 @@ def test_others_are_skipped_but_ours_and_the_reference_must_run(on: Ground) -> N
     needs_more = replace(LETTERS, name="elsewhere", environment="fastembed", settings=({},))
 
     with contest.enter([LETTERS, replace(broken, name="broken"), needs_more], on, ["abc"], lambda _: None) as field:
-        assert [each.peer.name for each in field.contenders] == ["letters"]
+        assert [contender.peer.name for contender in field.contenders] == ["letters"]
         assert field.skipped[0] == AbsentPeer("broken", "ValueError: this setting fails")
         assert field.skipped[1].install == "chunkmill bench --install-peers"
         process = field["letters"].running

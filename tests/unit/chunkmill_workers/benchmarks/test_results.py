@@ -26,28 +26,28 @@ REFUSED = "CTranslate2 int8"
 @pytest.fixture(scope="module")
 def engine() -> dict[str, Any]:
     """Made-up rounds of every peer in the shape that the benchmark ``engine`` gives them; one fails its gate."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     chosen = peers("bf16", "cpu")
     for group in ("docstrings", "short texts"):
         part = []
         for at, peer in enumerate(chosen):
-            facts = {"cosine_min": 0.99, "cosine_mean": 0.9931, "texts": 100, "mean_tokens": 64.0}
+            details = {"cosine_min": 0.99, "cosine_mean": 0.9931, "texts": 100, "mean_tokens": 64.0}
             refused = "below the gate" if peer.name == REFUSED else None
             rounds = [] if refused else [4_000.0 + 1_000 * at, 4_100.0 + 1_000 * at]
-            facts["precision"] = peer.precision
-            part.append(Measurement(group, peer.name, "tokens/s", rounds, refused=refused, details=facts))
+            details["precision"] = peer.precision
+            part.append(Measurement(group, peer.name, "tokens/s", rounds, refused=refused, details=details))
         add_ratios(part, REFERENCE, targets={"OpenVINO int8": Target(99)})
         ceiling = Measurement(
             group, f"{LIMIT}, bf16", "tokens/s", [20_000.0, 20_000.0], details={"precision": "bf16", "limit": True}
         )
         add_ratios([*part[:1], ceiling], ceiling.name, targets={part[0].name: Target(0.1)})
-        found += [*part, ceiling]
+        measurements += [*part, ceiling]
     for peer in chosen:
-        found += [Measurement(LATENCY, peer.name, "ms", [5.0, 6.0]), Measurement(START, peer.name, "s", [2.0])]
-        found.append(Measurement(MEMORY, peer.name, "MiB", [512.0]))
+        measurements += [Measurement(LATENCY, peer.name, "ms", [5.0, 6.0]), Measurement(START, peer.name, "s", [2.0])]
+        measurements.append(Measurement(MEMORY, peer.name, "MiB", [512.0]))
     skipped = [{"name": "Infinity bf16", "reason": "not there", "install": "chunkmill bench --install-peers"}]
     extra = {"contenders": [], "skipped": skipped}
-    return report.document("engine", found, settings={"model": "all-MiniLM-L6-v2"}, extra=extra)
+    return report.document("engine", measurements, settings={"model": "all-MiniLM-L6-v2"}, extra=extra)
 
 
 def test_a_row_holds_all_that_was_found_of_a_contender(engine: dict[str, Any]) -> None:

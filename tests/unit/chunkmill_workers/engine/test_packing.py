@@ -61,7 +61,7 @@ def test_no_other_end_wastes_less(queue: tuple[NDArray[np.int32], int], budget: 
     rows = chosen.stop - chosen.start
     fitting = range(1, max(budget // longest, 1) + 1)
     if chosen.start == anchor and chosen.stop < len(lengths):
-        assert share(rows) == pytest.approx(max(share(each) for each in fitting if anchor + each <= len(lengths)))
+        assert share(rows) == pytest.approx(max(share(size) for size in fitting if anchor + size <= len(lengths)))
 
 
 def test_a_much_shorter_neighbour_waits_for_its_like() -> None:

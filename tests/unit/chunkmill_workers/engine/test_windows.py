@@ -76,7 +76,7 @@ def test_windows_hold_the_text_and_every_token_counts_once(
     assert (len(rows) - 1) * room - (len(rows) - 2) * overlap < length
     # The weight of a window: its tokens, each divided by the windows that hold it. All are given doubled.
     expected = [(1 / covered[body - prefix - prompt]).sum() for body in bodies]
-    assert weights == pytest.approx([2 * each for each in expected])
+    assert weights == pytest.approx([2 * weight for weight in expected])
     assert sum(weights) == 2 * length
 
 

@@ -50,8 +50,8 @@ class Loading:
         if self.error is not None:
             raise self.error
         steps = {"a forward pass": StepClock(), "a call of the tokenizer": StepClock()}
-        facts = {"device": "cpu", "backend": "", "dtype": "float32", "batch_tokens": 1, "dimensions": 384}
-        return StandIn(spec=folder.spec, steps=steps, close=lambda: None, **facts)
+        attributes = {"device": "cpu", "backend": "", "dtype": "float32", "batch_tokens": 1, "dimensions": 384}
+        return StandIn(spec=folder.spec, steps=steps, close=lambda: None, **attributes)
 
 
 @pytest.fixture

@@ -161,8 +161,8 @@ def test_the_supervisor_stays_small() -> None:
         "import sys, chunkmill_workers.supervisor.supervisor as _"
         "; print({'torch', 'transformers', 'celery'} & sys.modules.keys())"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_after_the_signal_to_stop_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

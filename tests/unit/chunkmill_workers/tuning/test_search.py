@@ -69,10 +69,10 @@ def run(
     steps: list[Setup] = []
     task = Task("m", "float", "cpu", ["text"], 512)
     search = Search(grid, Constraints(0.9999, **limits), task, ["text"] * 4, EXACT, steps.append)
-    found = {each.setup: each for each in search.run()}
+    candidates = {candidate.setup: candidate for candidate in search.run()}
     assert Machine.alive == 0
     assert len(steps) <= grid.steps
-    return found
+    return candidates
 
 
 def by_kind(setup: Setup) -> float:
@@ -82,8 +82,8 @@ def by_kind(setup: Setup) -> float:
 
 
 def test_the_clock_is_spent_on_those_that_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(by_kind, monkeypatch)
-    budgets = {kind: sorted(s.batch_tokens for s in found if s.kind == kind and s.threads == 4) for kind in
+    candidates = run(by_kind, monkeypatch)
+    budgets = {kind: sorted(s.batch_tokens for s in candidates if s.kind == kind and s.threads == 4) for kind in
                ("native bf16", "native fp32", "onnx fp32", "openvino fp32")}  # fmt: skip
     assert budgets == {
         "native bf16": [256, 512, 1024],  # the better half
@@ -91,19 +91,19 @@ def test_the_clock_is_spent_on_those_that_may_win(monkeypatch: pytest.MonkeyPatc
         "onnx fp32": [256, 512, 1024],
         "openvino fp32": [512],
     }
-    assert {(s.kind, s.batch_tokens, s.threads) for s in found if s.threads < 4} == {
+    assert {(s.kind, s.batch_tokens, s.threads) for s in candidates if s.threads < 4} == {
         ("native bf16", budget, threads) for budget in (512, 1024) for threads in (1, 2)
     }  # the best two alone
-    rounds = sorted(each.measured.rounds for each in found.values() if each.measured)
-    assert rounds == [1] * (len(found) - 4) + [1 + ROUNDS] * 2 + [1 + 2 * ROUNDS] * 2
-    winner = choose(list(found.values()), Constraints(0.9999))
+    rounds = sorted(candidate.measured.rounds for candidate in candidates.values() if candidate.measured)
+    assert rounds == [1] * (len(candidates) - 4) + [1 + ROUNDS] * 2 + [1 + 2 * ROUNDS] * 2
+    winner = choose(list(candidates.values()), Constraints(0.9999))
     assert winner is not None
     assert winner.setup == Setup("native", "bfloat16", 1024, 4, 2)
 
 
 def test_finalists_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(by_kind, monkeypatch)
-    last = Machine.turns[len(found) :]
+    candidates = run(by_kind, monkeypatch)
+    last = Machine.turns[len(candidates) :]
     first, second = last[: 4 * ROUNDS], last[4 * ROUNDS :]
     assert [len(set(first[at : at + 4])) for at in range(0, len(first), 4)] == [4] * ROUNDS
     assert [len(set(second[at : at + 2])) for at in range(0, len(second), 2)] == [2] * ROUNDS
@@ -116,15 +116,15 @@ def test_no_more_finalists_run_at_once_than_fit_the_memory(monkeypatch: pytest.M
     assert Machine.most_alive == 2
     monkeypatch.setattr(Machine, "memory_mib", 100.0)
     monkeypatch.setattr(Machine, "most_alive", 0)
-    found = run(by_kind, monkeypatch)
+    candidates = run(by_kind, monkeypatch)
     assert Machine.most_alive == 1
-    assert choose(list(found.values()), Constraints(0.9999)) is not None
+    assert choose(list(candidates.values()), Constraints(0.9999)) is not None
 
 
 def test_a_limit_decides_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halving prefers those that meet the limits, so the winner under a limit is measured as often as any."""
-    found = run(by_kind, monkeypatch, min_throughput=13.0)
-    winner = choose(list(found.values()), Constraints(0.9999, min_throughput=13.0))
+    candidates = run(by_kind, monkeypatch, min_throughput=13.0)
+    winner = choose(list(candidates.values()), Constraints(0.9999, min_throughput=13.0))
     assert winner is not None
     assert winner.measured is not None
     assert winner.measured.rounds == 1 + 2 * ROUNDS
@@ -135,8 +135,8 @@ def test_under_the_gate_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         Machine, "vectors_of", staticmethod(lambda setup: turned if setup.dtype == "bfloat16" else EXACT.vectors)
     )
-    found = run(by_kind, monkeypatch)
-    gated = [each for each in found.values() if each.setup.dtype == "bfloat16"]
+    candidates = run(by_kind, monkeypatch)
+    gated = [candidate for candidate in candidates.values() if candidate.setup.dtype == "bfloat16"]
     assert len(gated) == 1
     assert gated[0].measured is not None
     assert gated[0].measured.tokens_per_second is None
@@ -152,9 +152,9 @@ def test_one_that_fails_in_the_last_rounds_leaves_the_others_be(monkeypatch: pyt
             raise CandidateFailed("its process was ended by SIGKILL")
         return by_kind(setup)
 
-    found = run(speed, monkeypatch)
-    assert found[best].problem == "in the last rounds: its process was ended by SIGKILL"
-    winner = choose(list(found.values()), Constraints(0.9999))
+    candidates = run(speed, monkeypatch)
+    assert candidates[best].problem == "in the last rounds: its process was ended by SIGKILL"
+    winner = choose(list(candidates.values()), Constraints(0.9999))
     assert winner is not None
     assert winner.setup == Setup("native", "bfloat16", 512, 4, 2)
 
@@ -163,9 +163,9 @@ def test_where_nothing_runs_every_row_has_its_reason(monkeypatch: pytest.MonkeyP
     def speed(setup: Setup) -> float:
         raise CandidateFailed(f"no {setup.kind}")
 
-    found = run(speed, monkeypatch)
-    assert [each.problem for each in found.values()] == [f"no {setup.kind}" for setup in found]
-    assert choose(list(found.values()), Constraints(0.9999)) is None
+    candidates = run(speed, monkeypatch)
+    assert [candidate.problem for candidate in candidates.values()] == [f"no {setup.kind}" for setup in candidates]
+    assert choose(list(candidates.values()), Constraints(0.9999)) is None
 
 
 def test_zeros_equal_zeros_and_nothing_else() -> None:

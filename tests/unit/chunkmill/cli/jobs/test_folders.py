@@ -156,13 +156,13 @@ def test_a_file_that_is_replaced_after_the_look_is_not_read(
 
 
 def test_a_folder_that_becomes_a_link_is_not_entered(folder: Path) -> None:
-    found: Iterator[object] = documents(folder, SkippedEntries())
-    next(found)  # a.md: the list of the root has been read by now
+    read: Iterator[object] = documents(folder, SkippedEntries())
+    next(read)  # a.md: the list of the root has been read by now
     (folder / "sub").rename(folder.parent / "old")
     (folder / "sub").symlink_to(folder.parent / "secrets")
     left = list(documents(folder, SkippedEntries()))
     assert [document.name for document in left] == ["a.md"]
-    (late,) = found
+    (late,) = read
     assert getattr(late, "name", None) == "sub"
     assert "cannot be read" in str(getattr(late, "problem", None))
 

@@ -315,16 +315,16 @@ def test_records_are_read_one_by_one() -> None:
 
 
 def test_the_standard_library_as_a_corpus() -> None:
-    found = {}
+    by_id = {}
     for chunk in stdlib_docstrings():
-        assert chunk.id not in found
-        found[chunk.id] = chunk
+        assert chunk.id not in by_id
+        by_id[chunk.id] = chunk
         if chunk.metadata["module"] > "argparse":
             break
-    assert found["abc"].metadata == {"module": "abc", "kind": "module"}
-    assert found["abc:ABC"].metadata == {"module": "abc", "kind": "class"}
-    assert found["abc:ABCMeta.register"].text.startswith("Register a virtual subclass")
-    assert not any(id_.startswith(("test.", "idlelib.idle_test", "site-packages")) for id_ in found)
+    assert by_id["abc"].metadata == {"module": "abc", "kind": "module"}
+    assert by_id["abc:ABC"].metadata == {"module": "abc", "kind": "class"}
+    assert by_id["abc:ABCMeta.register"].text.startswith("Register a virtual subclass")
+    assert not any(id_.startswith(("test.", "idlelib.idle_test", "site-packages")) for id_ in by_id)
 
 
 def test_a_csv_record_has_a_limit_however_many_fields_and_lines_it_has(

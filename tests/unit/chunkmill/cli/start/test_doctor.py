@@ -72,13 +72,13 @@ def test_a_database_in_order() -> None:
     ],
 )
 def test_a_database_with_one_thing_wrong(change: dict[str, object], name: str, state: str) -> None:
-    found = list(database_checks(replace(WELL, **change)))  # type: ignore[arg-type]
-    assert [(c.name, c.state) for c in found if c.state != "ok" or c.name == name] == [(name, state)]
-    assert all(bool(c.advice) == (c.state != "ok") for c in found)
+    checks = list(database_checks(replace(WELL, **change)))  # type: ignore[arg-type]
+    assert [(c.name, c.state) for c in checks if c.state != "ok" or c.name == name] == [(name, state)]
+    assert all(bool(c.advice) == (c.state != "ok") for c in checks)
 
 
 @pytest.mark.parametrize(
-    ("facts", "wrong"),
+    ("server", "wrong"),
     [
         (RedisServer("7.2.11", "noeviction", "yes", 0.0), {}),
         (RedisServer("6.2.14", "noeviction", "yes", 0.0), {"Redis": "warn"}),
@@ -94,8 +94,8 @@ def test_a_database_with_one_thing_wrong(change: dict[str, object], name: str, s
         (RedisServer("7.4.6", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
     ],
 )
-def test_redis(facts: RedisServer, wrong: dict[str, str]) -> None:
-    assert {check.name: check.state for check in redis_checks(facts) if check.state != "ok"} == wrong
+def test_redis(server: RedisServer, wrong: dict[str, str]) -> None:
+    assert {check.name: check.state for check in redis_checks(server) if check.state != "ok"} == wrong
 
 
 def test_clocks_are_judged_in_both_directions() -> None:

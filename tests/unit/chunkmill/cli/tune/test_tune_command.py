@@ -29,7 +29,7 @@ def orders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Mapping[str,
     """What was ordered; the answer is always the same."""
     seen: list[Mapping[str, Any]] = []
     result = {
-        "candidates": [asdict(each) for each in (FAST, SMALL, BROKEN)],
+        "candidates": [asdict(candidate) for candidate in (FAST, SMALL, BROKEN)],
         "fingerprint": DEFAULT_SPEC.fingerprint,
         "model": "all-MiniLM-L6-v2",
         "machine": asdict(MACHINE),
@@ -52,15 +52,15 @@ def tune(*arguments: str, terminal: bool = False) -> Result:
 
 
 def test_the_winner_is_kept_with_all_it_rests_on(orders: list[Mapping[str, Any]]) -> None:
-    found = json.loads(tune("--max-latency", "20ms").stdout)
-    assert found["winner"] == asdict(FAST.setup)
-    profile = read_profile(Path(found["profile"]))
+    told = json.loads(tune("--max-latency", "20ms").stdout)
+    assert told["winner"] == asdict(FAST.setup)
+    profile = read_profile(Path(told["profile"]))
     assert (profile.setup, profile.measured, profile.machine) == (FAST.setup, FAST.measured, MACHINE)
     assert profile.constraints.max_latency_ms == 20.0
     assert (profile.fingerprint, profile.versions) == (DEFAULT_SPEC.fingerprint, {"torch": "2.13.0"})
-    assert "<svg" in Path(found["picture"]).read_text()
-    assert [row["failed"] for row in found["candidates"]] == [[], [], ["problem"]]
-    assert [row["pareto"] for row in found["candidates"]] == [True, True, False]
+    assert "<svg" in Path(told["picture"]).read_text()
+    assert [row["failed"] for row in told["candidates"]] == [[], [], ["problem"]]
+    assert [row["pareto"] for row in told["candidates"]] == [True, True, False]
 
 
 def test_a_tighter_limit_has_another_winner_and_replaces_the_profile(orders: list[Mapping[str, Any]]) -> None:
@@ -80,15 +80,15 @@ def test_where_none_fits_nothing_is_written(orders: list[Mapping[str, Any]], ter
         assert "No candidate meets all constraints" in done.stdout
         assert "does not run" in done.stdout
     else:
-        found = json.loads(done.stdout)
-        assert found["winner"] is found["profile"] is found["picture"] is None
-        assert [row["failed"] for row in found["candidates"]] == [["memory"], ["throughput"], ["problem"]]
+        told = json.loads(done.stdout)
+        assert told["winner"] is told["profile"] is told["picture"] is None
+        assert [row["failed"] for row in told["candidates"]] == [["memory"], ["throughput"], ["problem"]]
 
 
 def test_a_dry_run_writes_nothing(orders: list[Mapping[str, Any]]) -> None:
-    found = json.loads(tune("--dry-run").stdout)
-    assert found["winner"] == asdict(FAST.setup)
-    assert found["profile"] is found["picture"] is None
+    told = json.loads(tune("--dry-run").stdout)
+    assert told["winner"] == asdict(FAST.setup)
+    assert told["profile"] is told["picture"] is None
     assert not Path(Settings.from_env().chunkmill_home or "").exists()
 
 

@@ -28,8 +28,10 @@ MACHINE = Machine("AMD EPYC <9654>", 2, ("avx2",))
 
 def candidate(speed: float | None, memory: float = 500.0, latency: float = 7.0, **changes: Any) -> Candidate:
     setup = Setup("native", "bfloat16", changes.pop("budget", 1024), 2, 2)
-    found = {"cosine_min": 0.99995, "cosine_mean": 0.99999, "rounds": 1} | changes
-    return Candidate(setup, SetupMeasurement(tokens_per_second=speed, latency_ms=latency, peak_mib=memory, **found))
+    measured_values = {"cosine_min": 0.99995, "cosine_mean": 0.99999, "rounds": 1} | changes
+    return Candidate(
+        setup, SetupMeasurement(tokens_per_second=speed, latency_ms=latency, peak_mib=memory, **measured_values)
+    )
 
 
 FAST, SMALL, QUICK = candidate(900.0, 800.0, 9.0), candidate(500.0, 300.0, 8.0), candidate(400.0, 600.0, 3.0)
@@ -102,11 +104,11 @@ def test_the_picture_is_svg_and_names_model_machine_winner_and_limits() -> None:
     candidates = [FAST, SMALL, QUICK, BROKEN, UNGATED]
     picture = draw(candidates, limits, SMALL, model="a<b>&c", machine=MACHINE, on="2026-01-02T03:04:05")
     svg = ET.fromstring(picture)  # noqa: S314 - made here
-    words = " ".join(each.text or "" for each in svg.iter("{http://www.w3.org/2000/svg}text"))
+    words = " ".join(element.text or "" for element in svg.iter("{http://www.w3.org/2000/svg}text"))
     for expected in ("a<b>&c on AMD EPYC <9654>, 2 cores", "chosen: native bf16, 1,024 tokens in a pass: 500 tokens/s",
                      "over 8 ms", "under 450 tokens/s", "native bf16", "2026-01-02"):  # fmt: skip
         assert expected in words
-    titles = [each.text or "" for each in svg.iter("{http://www.w3.org/2000/svg}title")]
+    titles = [element.text or "" for element in svg.iter("{http://www.w3.org/2000/svg}title")]
     assert len(titles) == 3  # what did not run, or has no speed, is in the table alone
 
 
@@ -117,14 +119,14 @@ def test_a_picture_of_one_candidate_shows_it_within_the_frame_with_its_label() -
     space = "{http://www.w3.org/2000/svg}"
     (group,) = svg.findall(f"{space}g")
     (dot,) = group.findall(f"{space}circle")
-    (ring,) = [each for each in svg.findall(f"{space}circle") if each.get("r") == "11"]
+    (ring,) = [circle for circle in svg.findall(f"{space}circle") if circle.get("r") == "11"]
     at = float(dot.attrib["cx"]), float(dot.attrib["cy"])
     assert (float(ring.attrib["cx"]), float(ring.attrib["cy"])) == at
     assert LEFT < at[0] < WIDTH - RIGHT
     assert TOP < at[1] < BOTTOM
     assert dot.get("fill") == dot.get("stroke")  # nothing beats it
     assert group.get("opacity") is None  # it breaks nothing
-    texts = {each.text: each for each in svg.iter(f"{space}text")}
+    texts = {element.text: element for element in svg.iter(f"{space}text")}
     label = float(texts["2k"].attrib["x"]), float(texts["2k"].attrib["y"])
     assert math.dist(label, at) < 40
     # And it stands over its own number.

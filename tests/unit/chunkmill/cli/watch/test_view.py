@@ -78,20 +78,20 @@ def test_a_terminal_shows_every_number() -> None:
 
 
 def test_json_says_the_same() -> None:
-    found = document(VIEW)
-    assert [(lane["lane"], lane["state"], lane["ready"]) for lane in found["lanes"]] == [
+    told = document(VIEW)
+    assert [(lane["lane"], lane["state"], lane["ready"]) for lane in told["lanes"]] == [
         ("local", "running", 40),
         ("openai", "stopped", 0),
         ("openai-sync", "idle", 0),
     ]
-    assert found["rates"] == {"contents_per_s": 20.0, "tokens_per_s": 1000.0, "padding": pytest.approx(0.2)}
-    assert found["workers"][0]["busy"] == 0.75
-    assert found["open_jobs"][0] == found["open_jobs"][0] | {"id": 3, "remaining": 1000, "eta_s": 50.0}
-    assert (found["cache_hit_rate"], found["dead_chunks"]) == (pytest.approx(0.2), 7)
-    assert (found["age_s"], found["counted_s_ago"]) == (0.5, 5.5)
-    assert found["money_usd"]["month"] == "80"
+    assert told["rates"] == {"contents_per_s": 20.0, "tokens_per_s": 1000.0, "padding": pytest.approx(0.2)}
+    assert told["workers"][0]["busy"] == 0.75
+    assert told["open_jobs"][0] == told["open_jobs"][0] | {"id": 3, "remaining": 1000, "eta_s": 50.0}
+    assert (told["cache_hit_rate"], told["dead_chunks"]) == (pytest.approx(0.2), 7)
+    assert (told["age_s"], told["counted_s_ago"]) == (0.5, 5.5)
+    assert told["money_usd"]["month"] == "80"
     # One poller has several connections, so their number is not called that of pollers; `status --json` has this name.
-    assert (found["poller_connections"], "pollers" in found) == (4, False)
+    assert (told["poller_connections"], "pollers" in told) == (4, False)
 
 
 def test_a_server_that_is_away_is_said_and_the_rest_goes_on() -> None:
