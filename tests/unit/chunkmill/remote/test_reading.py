@@ -56,7 +56,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         numbers = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3)
         return numbers.map(lambda row: np.array(row, np.float32))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return st.dictionaries(TEXT, JSON, max_size=2)
+        return st.dictionaries(TEXT, JSON if arguments[1] is Any else values_of(arguments[1]), max_size=2)
     if hint is datetime:
         return st.datetimes(timezones=st.just(UTC))
     if isinstance(hint, type) and issubclass(hint, Enum):
