@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.openai_chaos.odd import LOOKS_FOR_RESULTS
-from tests.openai_chaos.points import CALLS
+from tests.openai_chaos.points import CALLS, LOOKS_FOR_RESULTS
 
 _left = int(os.environ.get("DIE_NTH", "1"))
 _mutex = threading.Lock()

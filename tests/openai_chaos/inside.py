@@ -19,7 +19,8 @@ import sqlalchemy as sa
 from chunkmill.settings import Settings
 from chunkmill_workers.provider import follow
 from chunkmill_workers.provider.context import ProviderContext
-from tests.openai_chaos.odd import LOOKS_FOR_RESULTS, ODDITIES, Person, choose, start
+from tests.openai_chaos.odd import ODDITIES, Person, choose, start
+from tests.openai_chaos.points import LOOKS_FOR_RESULTS
 from tests.openai_chaos.run import Report
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene

@@ -15,9 +15,6 @@ from tests.openai_server import OpenAIServer
 EVERY = ("files.*", "batches.retrieve", "batches.list", "batches.cancel")
 """Endpoints that may fail in any way. A create that fails is chosen by itself."""
 
-LOOKS_FOR_RESULTS = 8
-"""How often a batch that ended is asked for files that it does not name. Workers do so 60 times, which takes five
-hours, and a result file of which every line is missing is not there at all."""
 LONGEST_WAIT_S = 2.0
 """What waits longer is due then. A file without some answers is read again for eight minutes before it is believed."""
 

@@ -24,3 +24,7 @@ WORKER_POINTS = (
 )
 """All that a run without other trouble comes to."""
 POLLER_POINTS = ("ring_steps:before", "ring_steps:after", "open_gathering:after", "settle:after")
+
+LOOKS_FOR_RESULTS = 8
+"""How often a batch that ended is asked for files that it does not name. Workers do so 60 times, which takes five
+hours, and a result file of which every line is missing is not there at all."""

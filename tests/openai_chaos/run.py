@@ -238,9 +238,9 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
         one = conn.execute(
             sa.text("""
                 SELECT (SELECT count(*) FROM provider_inputs) AS in_flight,
-                       (SELECT sum(contents) FROM charges WHERE job_id <> 0) AS charged,
-                       (SELECT sum(tokens) FROM charges WHERE job_id <> 0) AS tokens,
-                       (SELECT coalesce(sum(contents), 0) FROM adjustments WHERE job_id <> 0) AS unconfirmed,
+                       (SELECT coalesce(sum(contents), 0)::int FROM charges WHERE job_id <> 0) AS charged,
+                       (SELECT coalesce(sum(tokens), 0)::int FROM charges WHERE job_id <> 0) AS tokens,
+                       (SELECT coalesce(sum(contents), 0)::int FROM adjustments WHERE job_id <> 0) AS unconfirmed,
                        (SELECT count(*) FROM provider_batches) AS batches,
                        (SELECT count(*) FROM chunk_batches WHERE state = 'running') AS running
             """)
