@@ -1,4 +1,7 @@
-"""The broker: names of queues and tasks, Celery's configuration, and the publishing of doorbells."""
+"""The broker: names of queues and tasks, Celery's configuration, and the publishing of doorbells.
+
+Celery and most of kombu are imported when the first doorbell is rung, because a program that searches rings none.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import redis
-from celery import Celery
-from kombu import Queue
 from kombu.exceptions import KombuError
 
 from chunkmill.domain.states import Route
 from chunkmill.settings import Settings
 from chunkmill.settings.addresses import redis_tls
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +106,9 @@ def make_celery(settings: Settings) -> Celery:
     Only the ledger decides about retries. Celery neither retries nor keeps results. It acknowledges late, so a doorbell
     may be delivered twice; that is harmless, because the second claim finds nothing to do.
     """
+    from celery import Celery
+    from kombu import Queue
+
     url = settings.require_redis_url()
     app = Celery("chunkmill", broker=kombu_url(url), set_as_current=False)
     app.conf.update(
@@ -144,15 +151,18 @@ _first_use = threading.Lock()
 os.register_at_fork(before=_first_use.acquire, after_in_parent=_first_use.release, after_in_child=_first_use.release)
 
 
-@dataclass(frozen=True, slots=True)
 class Broker:
     """Two connections to Redis: Celery's publishes, and a plain client reads the queues first.
 
     The client comes first on purpose: if Redis is away, it fails within seconds, while kombu would wait.
     """
 
-    celery: Celery
-    client: redis.Redis
+    __slots__ = ("_celery", "_settings", "client")
+
+    def __init__(self, settings: Settings, client: redis.Redis) -> None:
+        self.client = client
+        self._settings = settings
+        self._celery: Celery | None = None
 
     @classmethod
     def connect(cls, settings: Settings) -> Broker:
@@ -165,7 +175,18 @@ class Broker:
             health_check_interval=25,
             **redis_tls(url),
         )
-        return cls(make_celery(settings), client)
+        return cls(settings, client)
+
+    @property
+    def celery(self) -> Celery:
+        """The app that publishes, which is made when it is first used."""
+        with _first_use:
+            return self._made_celery()
+
+    def _made_celery(self) -> Celery:
+        if self._celery is None:
+            self._celery = make_celery(self._settings)
+        return self._celery
 
     def queued_doorbells(self, bells: Bells = LOCAL_BELLS) -> dict[int, int]:
         """How many doorbells wait in Redis, by priority rank.
@@ -229,9 +250,10 @@ class Broker:
         )
 
     def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
+        app = self.celery
         with self._producers().acquire(block=True) as producer, _batch(producer):
             for number, priority, name, shown in messages:
-                self.celery.send_task(
+                app.send_task(
                     task,
                     args=[number],
                     # Events carry these two in place of the arguments, and Flower shows them. As the repr of a dict,
@@ -252,11 +274,12 @@ class Broker:
         Celery makes it when it is first asked. Of threads that ask at once, each would get a pool of its own.
         """
         with _first_use:
-            return self.celery.producer_pool
+            return self._made_celery().producer_pool
 
     def close(self) -> None:
         self.client.close()
-        self.celery.close()
+        if self._celery is not None:
+            self._celery.close()
 
 
 def keys_of(queue: str) -> list[str]:

@@ -294,6 +294,28 @@ assert not loaded, loaded
     subprocess.run([sys.executable, "-c", script], env=os.environ | env, check=True)
 
 
+def test_a_program_imports_celery_when_it_enqueues_and_not_before(settings: Settings, client: Client) -> None:
+    """To import it takes longer than a search."""
+    for name in ("docs", "other"):
+        client.enqueue([("a", f"text of {name}")], collection=name)
+    script = """
+import sys
+from chunkmill import Client
+loaded = lambda: {"celery.app.base", "kombu.entity", "billiard"} & sys.modules.keys()
+with Client() as client:
+    first, second = client.jobs()
+    assert [one.name for one in client.collections()] == ["docs", "other"]
+    assert [client.audit(name).missing for name in ("docs", "other")] == [1, 1]
+    assert client.lanes() and not client.dead_chunks(first.id)
+    client.cancel(second.id)
+    assert not loaded(), loaded()
+    client.enqueue([("b", "another text")], collection="docs")
+    assert loaded()
+"""
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    subprocess.run([sys.executable, "-c", script], env=os.environ | env, check=True)
+
+
 def test_a_second_enqueue_of_the_window_asks_few_queries(client: Client) -> None:
     """A hot path's query count: per window of 5,000 chunks, never per chunk."""
     client.enqueue(chunks(4000), collection="docs")
