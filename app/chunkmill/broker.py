@@ -250,8 +250,8 @@ class Broker:
         )
 
     def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
-        app = self.celery
         with self._producers().acquire(block=True) as producer, _batch(producer):
+            app = self.celery
             for number, priority, name, shown in messages:
                 app.send_task(
                     task,

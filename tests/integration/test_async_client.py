@@ -37,6 +37,7 @@ from chunkmill.broker import Broker
 from chunkmill.client.aio import calls
 from chunkmill.client.asking import inquiry
 from chunkmill.db.connect import create_db
+from chunkmill.errors import JobCancelled
 from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -237,11 +238,16 @@ def test_waits_for_more_jobs_than_there_are_threads_keep_nobody_out(
     async def scene() -> None:
         seen: set[int] = set()
         async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(aio.wait(job.id, on_progress=lambda job: seen.add(job.id))) for job in jobs]
+            waits = [group.create_task(cancelled(job.id, seen)) for job in jobs]
             await true(lambda: len(seen) == len(jobs))
             for job in jobs:
                 assert (await aio.cancel(job.id)).state == "cancelled"
-        assert [wait.result().id for wait in waits] == [job.id for job in jobs]
+        assert [wait.result() for wait in waits] == [job.id for job in jobs]
+
+    async def cancelled(job_id: int, seen: set[int]) -> int:
+        with pytest.raises(JobCancelled) as raised:
+            await aio.wait(job_id, on_progress=lambda job: seen.add(job.id))
+        return raised.value.job_id
 
     run(scene())
 
@@ -537,7 +543,8 @@ def test_functions_are_called_in_the_loop_and_may_be_coroutines(aio: AsyncClient
             assert asyncio.get_running_loop() is loop
             seen.append(("hindrance", threading.get_ident(), sentence))
 
-        assert (await aio.wait(job.id, on_progress=progress, on_hindrance=hindrance)).state == "cancelled"
+        with pytest.raises(JobCancelled):
+            await aio.wait(job.id, on_progress=progress, on_hindrance=hindrance)
         pruned = await aio.prune(
             0, on_progress=lambda what, done, of: seen.append(("prune", threading.get_ident(), what))
         )

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "backup": "tests/integration/test_backup.py",
     "bridge": "tests/integration/test_bridges.py",
     "enqueue handbook": "tests/integration/test_cli.py",
+    "enqueue handbook.jsonl --collection docs --wait": "tests/integration/test_exit_codes.py",
     "enqueue FOLDER --chunk 200": "tests/integration/test_cli.py",
     "compare": "tests/unit/chunkmill/cli/collections/test_compare.py",
     "map": "tests/integration/test_maps.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +24,7 @@ from chunkmill.client import jobs as of_client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState, Route
-from chunkmill.errors import StoreUnavailable, WaitTimeout
+from chunkmill.errors import JobCancelled, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.monitor import hindrance, reports
@@ -34,7 +33,7 @@ from chunkmill.settings import Settings
 from chunkmill_workers.process.lease import owner_name
 from chunkmill_workers.supervisor.supervisor import TakeBack
 from tests.integration.hands import Hands
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, Call, until
 
 
 @pytest.fixture
@@ -229,14 +228,13 @@ def test_without_a_function_what_hinders_a_job_is_a_warning(
     jobs: tuple[Job, Job], client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also for a wait without an end, which would go on in silence."""
-    ended = threading.Thread(target=lambda: client.wait(jobs[0].id, on_progress=lambda _: caplog.records and stop()))
 
     def stop() -> None:
         client.cancel(jobs[0].id)
 
-    ended.start()
-    ended.join(PATIENCE)
-    assert not ended.is_alive()
+    ended = Call(lambda: client.wait(jobs[0].id, on_progress=lambda _: caplog.records and stop()))
+    with pytest.raises(JobCancelled):
+        ended.result()
     [record] = caplog.records
     assert f"job {jobs[0].id}: No poller is connected" in record.getMessage()
 

@@ -10,7 +10,9 @@ import sys
 import typing
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import chunkmill
 from chunkmill import AsyncClient, ChunkmillError, Client, errors
@@ -32,6 +34,10 @@ def test_every_public_name_is_there_and_no_other() -> None:
         assert getattr(chunkmill, name).__name__ == name
     with pytest.raises(AttributeError, match="module 'chunkmill' has no attribute 'Klient'"):
         chunkmill.Klient  # type: ignore[attr-defined]  # noqa: B018
+
+
+LATE = {"np": np, "NDArray": NDArray}
+"""These names are imported only when they are needed."""
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__qualname__)
@@ -62,7 +68,7 @@ def types_of(hints: typing.Iterable[object], seen: set[type]) -> Iterator[type]:
             seen.add(hint)
             yield hint
             if dataclasses.is_dataclass(hint):
-                yield from types_of(typing.get_type_hints(hint).values(), seen)
+                yield from types_of(typing.get_type_hints(hint, localns=LATE).values(), seen)
 
 
 def test_a_client_and_a_job_are_shown_on_one_line_without_passwords() -> None:
