@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
 from collections.abc import Callable
 from functools import cache
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from chunkmill.domain.spaces import OnLong
-from chunkmill_workers.engine import Engine, long_texts
+from chunkmill_workers.engine import Engine, long_texts, overlaps
 from chunkmill_workers.engine import tokenizer as tokenizer_module
+from chunkmill_workers.engine.overlaps import Overlaps
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 from chunkmill_workers.engine.windows import cut
@@ -29,7 +31,8 @@ SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<mask>"]
 
 def _train(tokenizer: Any, trainer: Any) -> Any:
     trainer.show_progress = False
-    tokenizer.train_from_iterator([*stdlib_docstrings()[:150], "漢字かな 😀 a a aa aaa aaaa"], trainer)
+    repeats = ["漢字かな 漢字 aa aaa aaaa aaaaaaaa " * 30]  # tokens that lie across every place of a text
+    tokenizer.train_from_iterator([*stdlib_docstrings()[:150], "😀 a a", *repeats], trainer)
     return tokenizer
 
 
@@ -134,6 +137,7 @@ def check(name: str, text: str, limits: tuple[int, ...] = (8, 48)) -> None:
 def _texts_are_long_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "LONG_TEXT", 2_000)
     monkeypatch.setattr(long_texts, "_PIECE", 3_000)
+    monkeypatch.setattr(overlaps, "_WINDOW", 3_000)
 
 
 # The regular expression takes time that is quadratic in a text without spaces.
@@ -167,6 +171,8 @@ ODD = {
     "punctuation": "=-" * 9_000,
     "special tokens": "</s> <mask><s> literal " * 900,
     "noise": NOISE,
+    "CJK in lines": "漢字かな交じり文、" * 60 + "\n" + "漢字かな" * 100 + "\u3000" + "漢字かな交じり文。" * 900,
+    "Thai": "ภาษาไทยไม่มีช่องว่าง" * 900,
 }
 
 
@@ -231,6 +237,45 @@ def test_a_long_text_is_not_read_to_its_end_if_its_beginning_is_enough(monkeypat
         for text in (PROSE * 20, "a b c " * 100_000, "漢字かな" * 100_000):
             tokenizer.encode([text], limit=48)
         assert max(read) < 100_000, name
+
+
+def test_a_word_is_not_cut_where_its_end_decides() -> None:
+    # The last two letters merge first, then the two before them: pairs are counted from the end, however far it is.
+    letters = [chr(0x4E00 + at) for at in range(9_001)]
+    merges = [(left, right) for left, right in reversed(list(itertools.pairwise(letters)))]
+    tokens = ["a", *letters, *(left + right for left, right in merges)]
+    model = models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=merges)
+    tokenizer = TextTokenizer(Tokenizer(model), pad_id=None)
+
+    for length in (9_000, 9_001):
+        text = "".join(letters[:length])
+        [ids] = tokenizer.encode([text])
+        assert ids.tolist() == tokenizer._encode([text], 0)[0].tolist()
+        assert len(ids) == 4_500 + length % 2
+
+
+# A Unigram model's best path through a word depends on all of it, also through one of a million characters.
+UNIGRAM = {"xlm-roberta", "t5", "unigram-without-words"}
+WHOLE = {(name, kind) for name in UNIGRAM for kind in ("one word", "base64", "CJK", "emoji", "Thai")}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PHRASES)
+@pytest.mark.parametrize("kind", ["one word", "base64", "CJK", "CJK lines", "emoji", "Thai"])
+def test_a_long_text_without_spaces_is_read_in_windows(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = built(name)
+    read: list[int] = []
+    own = Overlaps._read
+
+    def counted(self: Overlaps, text: str, start: int, length: int) -> Any:
+        read.append(min(length, len(text) - start))
+        return own(self, text, start, length)
+
+    monkeypatch.setattr(Overlaps, "_read", counted)
+    text = "漢字かな交じり文、漢字\n" * 4_000 if kind == "CJK lines" else (ODD[kind] * 20)[:40_000]
+    [ids] = tokenizer.encode([text])
+
+    assert ids.tolist() == tokenizer._encode([text], 0)[0].tolist()
+    assert (max(read, default=0) > overlaps._WINDOW) is ((name, kind) in WHOLE)
 
 
 def test_a_giant_word_of_a_bert_tokenizer_is_not_read_whole(minilm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

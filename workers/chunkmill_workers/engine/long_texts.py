@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import ctypes
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 from tokenizers import models, normalizers, pre_tokenizers
 
+from chunkmill_workers.engine.overlaps import Overlaps, ends_before
 from chunkmill_workers.engine.windows import Ids
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -85,7 +85,7 @@ def first_ids(text: str, count: int, encode: Encode, *, at_spaces: bool, window:
             if len(ids) >= count:
                 return ids[:count]
         else:
-            cuts = _ends(text, end, window)
+            cuts = ends_before(text, end, window)
             if cuts is not None and len(cuts) * end <= _MOST_COMPARED:
                 ids, *others = encode([text[:cut] for cut in cuts])
                 enough = all(len(other) >= count + _MORE for other in (ids, *others))
@@ -134,9 +134,11 @@ def squeeze(text: str, tokenizer: Any, encode: Encode) -> str:
     return re.sub(rf"(?s:(.))\1{{{most},}}", shorter, text)
 
 
-def joined(parts: Iterator[str], encode: Encode) -> Ids:
+def joined(parts: Iterator[str], encode: Encode, overlaps: Overlaps) -> Ids:
     """The ids of a text from those of its parts, (length,) int32."""
-    return np.concatenate([np.array(encode([part])[0], np.int32) for part in parts])
+    return np.concatenate(
+        [overlaps.ids(part) if len(part) > _PIECE else np.array(encode([part])[0], np.int32) for part in parts]
+    )
 
 
 def give_back_memory() -> None:
@@ -144,16 +146,3 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl and macOS have no such function
     if trim is not None:
         trim(0)
-
-
-def _ends(text: str, end: int, window: int) -> range | None:
-    """The places where a beginning of about ``end`` characters may end, so that they enclose ``window`` visible ones.
-
-    None if there are too few: white space, accents and invisible characters may vanish or join what is far apart.
-    """
-    visible = 0
-    for first in range(end - 1, max(end - 4 * window, 0), -1):
-        visible += unicodedata.category(text[first])[0] in "LNPS"
-        if visible == window:
-            return range(end, first - 1, -1)
-    return None

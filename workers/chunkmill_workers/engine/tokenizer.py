@@ -23,6 +23,7 @@ from chunkmill.models.transformer import POSITIONS_FROM_PAD
 from chunkmill.system.files import read_at_most
 from chunkmill_workers.engine import long_texts
 from chunkmill_workers.engine.long_texts import LONG_TEXT
+from chunkmill_workers.engine.overlaps import Overlaps
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.windows import Frame, Ids
 
@@ -160,7 +161,8 @@ class TextTokenizer:
                     if body is not None:
                         return self._framed(np.array(body, np.int32))
                 text = long_texts.squeeze(text, self._tokenizer, self._bodies)
-                ids = self._framed(long_texts.joined(long_texts.pieces(text, at_spaces=self._at_spaces), self._bodies))
+                pieces = long_texts.pieces(text, at_spaces=self._at_spaces)
+                ids = self._framed(long_texts.joined(pieces, self._bodies, self._overlaps))
             except BaseException as error:  # noqa: BLE001 - a panic is one
                 raise_unless_panic(error)
                 return TextFailure(at, "tokenize_failed", _reason(error))
@@ -177,6 +179,10 @@ class TextTokenizer:
     @cached_property
     def _at_spaces(self) -> bool:
         return long_texts.splits_at_spaces(self._tokenizer, self._bodies)
+
+    @cached_property
+    def _overlaps(self) -> Overlaps:
+        return Overlaps(self._tokenizer, self._window)
 
     @cached_property
     def _window(self) -> int:
