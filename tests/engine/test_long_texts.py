@@ -257,6 +257,7 @@ def test_a_word_is_not_cut_where_its_end_decides() -> None:
 # A Unigram model's best path through a word depends on all of it, also through one of a million characters.
 UNIGRAM = {"xlm-roberta", "t5", "unigram-without-words"}
 WHOLE = {(name, kind) for name in UNIGRAM for kind in ("one word", "base64", "CJK", "emoji", "Thai")}
+WHOLE |= {(name, "CJK lines") for name in ("t5", "unigram-without-words")}  # their words do not end with a line
 
 
 @pytest.mark.parametrize("name", WITHOUT_PHRASES)
