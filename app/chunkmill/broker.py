@@ -179,11 +179,7 @@ class Broker:
 
     @property
     def celery(self) -> Celery:
-        """The app that publishes, which is made when it is first used."""
-        with _first_use:
-            return self._made_celery()
-
-    def _made_celery(self) -> Celery:
+        """The app that publishes, which is made when it is first used. Threads that ring go through ``_producers``."""
         if self._celery is None:
             self._celery = make_celery(self._settings)
         return self._celery
@@ -251,9 +247,8 @@ class Broker:
 
     def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
         with self._producers().acquire(block=True) as producer, _batch(producer):
-            app = self.celery
             for number, priority, name, shown in messages:
-                app.send_task(
+                self.celery.send_task(
                     task,
                     args=[number],
                     # Events carry these two in place of the arguments, and Flower shows them. As the repr of a dict,
@@ -274,7 +269,7 @@ class Broker:
         Celery makes it when it is first asked. Of threads that ask at once, each would get a pool of its own.
         """
         with _first_use:
-            return self._made_celery().producer_pool
+            return self.celery.producer_pool
 
     def close(self) -> None:
         self.client.close()

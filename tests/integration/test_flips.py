@@ -363,6 +363,9 @@ def test_a_look_is_written_again_only_if_something_was_written_or_it_grows_old(
     second = written()
     assert second[0] != first[0]
     assert second[1] != first[1]
+    hands.rows("SELECT nextval('reopenings')")
+    assert (third := written())[0] != second[0], "a look from before an enqueue began anew is of no use"
+    assert written() == third
     hands.rows("UPDATE reembedding_looks SET looked_at = now() - interval '20 minutes' RETURNING 1")
     assert written()[1] == second[1]
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar
 
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput, UnknownRoute
 
-# Functions import numpy when they are called: the help of a command would wait a quarter of a second for it.
+# Functions of arrays import numpy when they are called: a command without one would wait a quarter of a second for it.
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -74,16 +75,18 @@ LARGEST = 2**63 - 1
 
 def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: int = LARGEST) -> int:
     """A whole number from ``least`` to ``most``. Raises :class:`InvalidInput`, which names ``argument``."""
-    import numpy as np
-
-    if isinstance(given, np.integer):
-        given = int(given)
-    if not isinstance(given, int) or isinstance(given, bool):
+    if not _is_number(given) or not isinstance(given, int | numbers.Integral):
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be a whole number.")
-    if not least <= given <= most:
-        bound = f"at least {least}" if given < least else f"at most {most}"
+    number = int(given)
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most}"
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be {bound}.")
-    return given
+    return number
+
+
+def _is_number(given: object) -> TypeGuard[float]:
+    """Whether it is a number, of Python or of NumPy, which registers its own. A bool is not."""
+    return isinstance(given, numbers.Real) and not isinstance(given, bool)
 
 
 def as_on_invalid(given: object) -> Literal["raise", "skip"]:
@@ -97,13 +100,11 @@ def as_most_refused(given: object, *, skips: bool) -> int | float | None:
     """How many chunks of an enqueue may be refused: a whole number, or a share from 0 up to 1 as a float; None if it
     does not matter. Raises :class:`InvalidInput`, also if bad chunks are not skipped.
     """
-    import numpy as np
-
     if given is None:
         return None
     if not skips:
         raise InvalidInput("max_refused needs on_invalid='skip'; otherwise the first bad chunk is an error.")
-    if isinstance(given, float | np.floating):
+    if not isinstance(given, int | numbers.Integral) and _is_number(given):
         if not 0 <= given < 1:
             raise InvalidInput(
                 f"max_refused is {_shown(given)}; as a float it must be a share from 0.0 up to, but not 1.0."
@@ -137,9 +138,7 @@ USD_DIGITS = 18
 
 def as_seconds(argument: str, given: object) -> float:
     """A number of seconds that is not negative; it may be infinite. Raises :class:`InvalidInput`."""
-    import numpy as np
-
-    if isinstance(given, bool) or not isinstance(given, int | float | np.floating | np.integer):
+    if not _is_number(given):
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be a number of seconds.")
     try:
         seconds = float(given)
@@ -189,13 +188,11 @@ def as_items(argument: str, given: Iterable[Item]) -> Iterable[Item]:
 
 def as_hybrid(argument: str, given: object) -> bool | float | Literal["rrf"] | None:
     """A way to mix vectors and keywords: None, True, False, ``"rrf"`` or a weight. Raises :class:`InvalidInput`."""
-    import numpy as np
-
     if given is None or isinstance(given, bool):
         return given
     if isinstance(given, str) and given == "rrf":
         return "rrf"
-    if isinstance(given, int | float | np.integer | np.floating) and 0 <= given <= 1:
+    if _is_number(given) and 0 <= given <= 1:
         return float(given)
     raise InvalidInput(f"{argument} is {_shown(given)}; it must be True, False, 'rrf' or a number from 0 to 1.")
 
@@ -221,11 +218,9 @@ def as_function(argument: str, given: Callable[..., object] | None) -> None:
 
 def as_score(argument: str, given: object) -> float | None:
     """A cosine from -1 to 1, or None. Raises :class:`InvalidInput`, which names ``argument``."""
-    import numpy as np
-
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, int | float | np.floating | np.integer) or not -1 <= given <= 1:
+    if not _is_number(given) or not -1 <= given <= 1:
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be a cosine, a number from -1 to 1.")
     return float(given)
 

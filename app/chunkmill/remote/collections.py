@@ -31,7 +31,7 @@ from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Audit, DeadEntry, Hits, SearchHit, SearchPlan
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput
-from chunkmill.remote.asking import RemoteCalls, told_timeout_ms, unreadable
+from chunkmill.remote.asking import RemoteCalls, as_json, told_timeout_ms, unreadable
 from chunkmill.remote.http import IN_FLIGHT
 from chunkmill.remote.reading import Unreadable, parse, parse_object, read, read_list
 from chunkmill.remote.refusals import failure_of_silence
@@ -133,7 +133,7 @@ class Collections(RemoteCalls):
 
         def make(seconds: float) -> Request:
             told = {**body, "timeout_ms": min(LONGEST_SEARCH_MS, told_timeout_ms(seconds))}
-            content = json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
+            content = as_json(told)
             headers = {"content-type": "application/json"}
             return Request("POST", path_of(collection, "search"), seconds, {}, headers, content, longest=LONGEST_PAGE)
 
@@ -154,7 +154,7 @@ class Collections(RemoteCalls):
             "/v1/feedback",
             lambda answer: read(bool, parse_object(answer).get("is_new"), "is_new"),
             method="POST",
-            body=json.dumps(said, ensure_ascii=False, allow_nan=False).encode(),
+            body=as_json(said),
         )
 
     def collections(self, *, exact: bool = False) -> Steps[list[CollectionInfo]]:
@@ -214,7 +214,7 @@ class Collections(RemoteCalls):
                 path_of(collection, "chunks"),
                 lambda answer: read(int, parse_object(answer).get("deleted"), "deleted"),
                 method="DELETE",
-                body=json.dumps(body, ensure_ascii=False, allow_nan=False).encode(),
+                body=as_json(body),
                 is_repeatable=False,
             )
         return deleted
