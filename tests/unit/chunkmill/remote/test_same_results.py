@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 
 from chunkmill.errors import ChunkmillError
 from chunkmill.remote import embedding
-from tests.support.remotes import HANGS_UP, Asked, Remote, Said, Scripted, embedded, refusal, scripted
+from tests.support.remotes import HANGS_UP, SPACE, Asked, Remote, Said, Scripted, embedded, refusal, scripted
+from tests.support.waiting import until
 from tests.unit.chunkmill.remote.test_enqueue import CHUNKS, JOB
 
 PIECE = 4
@@ -30,6 +32,8 @@ TRANSIENT = st.sampled_from(
         refusal(504, "timeout", after_ms=1),
     ]
 )
+# A body that cannot be read names the space of all other answers. With another space, it would depend on which piece
+# comes first whether the body or the space is found wrong.
 FINAL = st.sampled_from(
     [
         None,
@@ -41,8 +45,8 @@ FINAL = st.sampled_from(
         refusal(429, "insufficient_quota", retry=False),
         refusal(500, "engine_error", retry=False),
         refusal(503, "overloaded", after_ms=10_000_000),
-        Said(200, b"[]", {"x-chunkmill-fingerprint": "a"}),
-        Said(200, b'{"data": []}', {"x-chunkmill-fingerprint": "a"}),
+        Said(200, b"[]", {"x-chunkmill-fingerprint": SPACE}),
+        Said(200, b'{"data": []}', {"x-chunkmill-fingerprint": SPACE}),
         Said(200, b"", {"content-encoding": "br"}),
         Said(302, b"", {"location": "/elsewhere"}),
     ]
@@ -127,6 +131,8 @@ def test_both_clients_do_the_same_whatever_the_server_does(
                 result: Any = CALLS[verb](client, n)
             except ChunkmillError as error:
                 result = (type(error), str(error))
+            # The threads of a call that failed end with the requests that they have.
+            until(lambda: not any(thread.name == "chunkmill-remote" for thread in threading.enumerate()))
         asked = [
             (one.method, one.path, re.sub(rb'"timeout_ms": \d+', b"", one.body))
             for one in server.asked[asked_before:]
