@@ -22,3 +22,5 @@ def test_a_mix_of_misbehaviours_and_deaths_ends_complete_with_every_charge_booke
     assert report.problems == []
     assert report.charged == 60
     assert report.billed >= 60
+    # Both seeds have a budget that is too small for one month.
+    assert report.months >= 1

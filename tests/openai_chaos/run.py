@@ -50,6 +50,8 @@ class Report:
     """Contents that we booked without an answer, by kind: lost, or maybe charged."""
     booked: dict[str, int] = field(default_factory=dict)
     """Tokens that no answer confirmed, by kind."""
+    months: int = 0
+    """How many new months began because the budget held all work."""
     peak_mb: int = 0
     """The most memory that one process took."""
     problems: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Report:
             "charged": self.charged,
             "unconfirmed": self.unconfirmed,
             "unconfirmed_tokens": self.booked,
+            "months": self.months,
             "peak_mb": self.peak_mb,
             "seconds": round(self.seconds, 1),
             "problems": self.problems,
