@@ -73,7 +73,8 @@ def main() -> int:
                 f"seed {seed}: {report.kills.total()} kills, {report.provider_batches} ProviderBatches, "
                 f"{report.seconds:.0f} s, {report.peak_mb} MB{''.join(f', {name}' for name in report.odd)}; "
                 f"{report.billed} contents billed, {report.charged} charged, {report.unconfirmed or 'none'} without an "
-                f"answer; {report.months} new months for the budget: {'; '.join(report.problems) or 'complete, and no charge unseen'}",
+                f"answer; {report.months} new months for the budget: "
+                f"{'; '.join(report.problems) or 'complete, and no charge unseen'}",
                 soft_wrap=True,
             )
             return report
