@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from chunkmill.errors import ChunkmillError, NotFound
+from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
 from chunkmill_workers.provider import follow, steps
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene
@@ -128,6 +130,63 @@ def test_what_ran_and_names_no_result_is_booked_and_not_sent_again(
     assert stage.bill(texts) == dict.fromkeys(texts, 2)
     booked = stage.corridor.one("SELECT sum(tokens)::int FROM charges")
     assert booked + adjustments(stage)["lost"][1] == tokens_of(stage.charges())
+
+
+@pytest.mark.parametrize("told_by", ["time", "earlier status"])
+def test_what_failed_after_it_began_and_says_nothing_of_its_cost_is_booked_and_not_sent_again(
+    stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    """No counts, no usage, no files: only the time of its beginning, or what an earlier look saw, says that it ran."""
+    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 4)
+    for kind in ("null_counts", "null_usage"):
+        server.misbehave(kind, times=None)
+    if told_by == "earlier status":
+        seen_running_once(stage)
+    server.misbehave("failed_after_running", usage=False)
+    texts = stage.texts(N)
+
+    [job] = stage.finish(stage.enqueue(texts))
+
+    assert job.state == "failed"
+    assert job.error is not None
+    assert "an unknown number of requests done" in job.error
+    assert "may have been charged" in job.error
+    assert len(stage.batches()) == 1
+    assert adjustments(stage) == {"maybe_charged": (N, tokens_of(stage.charges()))}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_failed_before_it_began_is_sent_again_and_not_booked(
+    stage: Scene, server: OpenAIServer, told: bool
+) -> None:
+    """The same without counts and usage: a batch that was never seen to begin has cost nothing."""
+    if not told:
+        for kind in ("null_counts", "null_usage"):
+            server.misbehave(kind, times=None)
+    server.misbehave("fail_validation", times=1, code="who_knows")
+    texts = stage.texts(N)
+
+    [job] = stage.finish(stage.enqueue(texts))
+
+    assert len(stage.batches()) > 1
+    stage.check_done(job, texts)
+    assert adjustments(stage) == {}
+
+
+def seen_running_once(stage: Scene) -> None:
+    """As a provider that does not say when a batch began, and that is asked while it runs."""
+    provider = stage.corridor.context.provider
+    retrieve = provider.retrieve
+    seen: set[str] = set()
+
+    def timeless(batch_id: str) -> RemoteBatch:
+        remote = dataclasses.replace(retrieve(batch_id), has_begun=False)
+        if batch_id in seen:
+            return remote
+        seen.add(batch_id)
+        return dataclasses.replace(remote, status=RemoteStatus.IN_PROGRESS)
+
+    provider.retrieve = timeless  # type: ignore[method-assign]
 
 
 def test_a_batch_in_which_nothing_succeeded_and_without_files_is_sent_again(

@@ -117,7 +117,7 @@ class Life:
             said = {"code": "server_error", "message": "Something failed.", "line": None, "param": None}
             errors = {"object": "list", "data": [said]}
             more = {"usage": usage(outcome.reported)} if wish["usage"] else {}
-            move(store, batch, ("in_progress",), "failed", {**ran, **more, "errors": errors})
+            move(store, batch, ("in_progress", "cancelling"), "failed", {**ran, **more, "errors": errors})
             return
         move(store, batch, ("in_progress",), "finalizing")
         self.wait("finalizing")

@@ -69,7 +69,7 @@ def poll(context: ProviderContext, step: Step) -> Step:
         "%s: %s is %s: %s of %s requests", step.name, step.batch_id, remote.status, remote.completed, remote.total
     )
     has_file = bool(remote.output_file_id or remote.error_file_id)
-    ran = bool(seen["n_completed"] or seen["used_tokens"])
+    ran = bool(seen["n_completed"] or seen["used_tokens"]) or _may_have_run(step, remote)
     if remote.status is RemoteStatus.FAILED and not has_file and not ran:
         return _failed_validation(context, step, remote)
     if not remote.output_file_id and (ran or (remote.status is RemoteStatus.COMPLETED and not has_file)):
@@ -90,6 +90,13 @@ def poll(context: ProviderContext, step: Step) -> Step:
         ),
         "ended",
     )
+
+
+def _may_have_run(step: Step, remote: RemoteBatch) -> bool:
+    """Whether a batch failed after its validation and does not say how much of it ran, so that it may be charged."""
+    seen_running = step.provider_status in (RemoteStatus.IN_PROGRESS, RemoteStatus.FINALIZING)
+    began = remote.has_begun or seen_running or step.looks > 0  # it is looked at again only if it may have run
+    return remote.status is RemoteStatus.FAILED and began and remote.completed is None and remote.used_tokens is None
 
 
 def is_ours(remote: RemoteBatch, step: Step) -> bool:
@@ -172,7 +179,7 @@ def allowed_s(remote: RemoteBatch, hours: float) -> float:
 def _look_for_results(context: ProviderContext, step: Step, remote: RemoteBatch, seen: dict[str, Any]) -> NoReturn:
     """Look again later: it ended, and names no result file, which some providers do for a while."""
     looks = step.looks + 1
-    said = f"it is {remote.status} with {remote.completed} requests done, and names no result file yet"
+    said = f"it is {remote.status} with {_done(remote)}, and names no result file yet"
     columns: dict[str, Any] = {**seen, "failures": 0, "looks": looks, "error": said}
     context.transact(
         lambda conn: provider_batches.release(conn, step, delay_s=backoff(looks), **columns), "no result file yet"
@@ -182,11 +189,18 @@ def _look_for_results(context: ProviderContext, step: Step, remote: RemoteBatch,
 
 def _without_results(context: ProviderContext, step: Step, remote: RemoteBatch, seen: dict[str, Any]) -> Step:
     """Give up a batch that ran and whose results cannot be found. It is not sent again before a person says so."""
+    charged = "It may have been charged" if remote.completed is None else "It was charged"
     reason = (
-        f"it ended {remote.status} with {remote.completed} of {remote.total} requests done, and named no result file. "
-        "It was charged, and is not sent again by itself. To pay for it again: chunkmill retry"
+        f"it ended {remote.status} with {_done(remote)}, and named no result file. "
+        f"{charged}, and is not sent again by itself. To pay for it again: chunkmill retry"
     )
     return give_up(context, step, code="no_results", reason=reason, may_have_run=True, ended_at=sa.func.now(), **seen)
+
+
+def _done(remote: RemoteBatch) -> str:
+    if remote.completed is None:
+        return "an unknown number of requests done"
+    return f"{remote.completed} of {remote.total} requests done"
 
 
 def _not_found(context: ProviderContext, step: Step, why: str) -> Step:

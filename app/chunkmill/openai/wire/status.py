@@ -68,6 +68,8 @@ class RemoteBatch:
     errors: tuple[BatchError, ...]
     used_tokens: int | None
     """``usage.total_tokens``, which is zero while the batch runs."""
+    has_begun: bool = False
+    """Whether the provider says when it began to run the requests, which it does once the file is validated."""
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,7 @@ def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
         failed=count("request_counts.failed", _get(counts, "failed")),
         errors=_errors(_get(given, "errors"), secrets),
         used_tokens=count("usage.total_tokens", _get(usage, "total_tokens")),
+        has_begun=any(read_time(_get(given, name)) for name in ("in_progress_at", "finalizing_at")),
         metadata=_metadata(_get(given, "metadata"), secrets),
     )
 
