@@ -14,12 +14,14 @@ import sqlalchemy as sa
 
 from chunkmill.domain.providers import read_models
 from chunkmill.domain.spaces import OnLong
-from chunkmill.errors import StoreLimit
+from chunkmill.domain.states import Route
+from chunkmill.errors import ProviderError, StoreLimit
 from chunkmill.ledger.money import budget, questions
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
-from chunkmill_workers.provider import responder
+from chunkmill_workers.provider import probe, responder
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.health import Health
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer
 from tests.support import one_request
@@ -73,6 +75,11 @@ def register(stage: Scene, model: str) -> registry.Space:
 def ask(stage: Scene, space: registry.Space, texts: list[str]) -> int:
     with stage.corridor.db.begin() as conn:
         return one_request.ask(conn, space_id=space.id, kind="query", texts=texts)
+
+
+def send_probe(worker: ProviderContext, space: registry.Space) -> None:
+    worker.health = Health()
+    probe.require_answer(worker, Route.OPENAI_SYNC, space, again=True)
 
 
 def answer(worker: ProviderContext) -> None:
@@ -477,6 +484,56 @@ def test_a_question_of_a_model_that_a_worker_does_not_know_is_left_to_one_that_k
     book_overdue(knowing)
     assert booked(stage, "adjustments") == {space.id: 1 for space in spaces}
     assert stage.corridor.one("SELECT sum(usd) FROM adjustments") == Decimal("7.02")
+
+
+@pytest.mark.parametrize("end", ["killed before it sends", "killed after it has sent", "alive", "taken for dead"])
+def test_a_probe_is_booked_once_whatever_becomes_of_its_worker(
+    stage: Scene, workers: Callable[[Scene], ProviderContext], end: str
+) -> None:
+    """The one word before the first request costs money too, and it belongs to no caller."""
+    spaces = [register(stage, model) for model in (SMALL, LARGE)]
+    other = workers(stage)
+
+    def taken_for_dead() -> None:
+        assert counted(stage) >= billed(stage) > 0
+        make_overdue(stage)
+        book_overdue(other)
+
+    for space in spaces:
+        worker = workers(stage)
+        if end == "taken for dead":
+            during(worker, after=taken_for_dead)
+        elif end != "alive":
+            during(worker, **{"before" if "before" in end else "after": die})
+        with contextlib.suppress(Died):
+            send_probe(worker, space)
+    assert counted(stage) == sum(usd_of(stage, space, [probe.PROBE]) for space in spaces)
+    make_overdue(stage)
+    together(*(partial(book_overdue, worker) for worker in (other, stage.corridor.context)))
+
+    once = {space.id: 1 for space in spaces}
+    assert booked(stage, "charges") == (once if end == "alive" else {})
+    assert booked(stage, "adjustments") == ({} if end == "alive" else once)
+    assert len(stage.charges()) == (0 if "before" in end else 2)
+    assert stage.corridor.rows("SELECT FROM provider_questions") == []
+
+
+@pytest.mark.parametrize("kind", ["cut", "http_error", "rate_limited", "unauthorized"])
+def test_a_probe_that_fails_leaves_the_budget_at_once(
+    stage: Scene, server: OpenAIServer, workers: Callable[[Scene], ProviderContext], kind: str
+) -> None:
+    """Booked as charged perhaps if there was no answer, and not at all if it was refused."""
+    options: dict[str, dict[str, Any]] = {"cut": {"applied": True}, "http_error": {"status": 503}}
+    server.misbehave(kind, times=None, where={"endpoint": "embeddings.create"}, **options.get(kind, {}))
+    spaces = [register(stage, model) for model in (SMALL, LARGE)]
+    for space in spaces:
+        with pytest.raises(ProviderError):
+            send_probe(workers(stage), space)
+
+    unanswered = kind in ("cut", "http_error")
+    assert booked(stage, "adjustments") == ({space.id: 1 for space in spaces} if unanswered else {})
+    assert booked(stage, "charges") == {}
+    assert stage.corridor.rows("SELECT FROM provider_questions") == []
 
 
 def test_a_crash_of_postgres_empties_no_question(stage: Scene) -> None:

@@ -9,6 +9,14 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.oddities import tokens_factor
 
+BESIDE_ASKING_SECONDS = 30.0
+"""How long a request may take besides the wait for the provider's answer."""
+
+
+def asking_seconds(context: ProviderContext) -> float:
+    """Longer than one request may take: a worker that has said nothing for so long is taken for dead."""
+    return context.settings.openai_timeout_seconds + BESIDE_ASKING_SECONDS
+
 
 def ask_plain(
     context: ProviderContext, space: Space, inputs: Sequence[str], *, tokens: int, idempotency_key: str

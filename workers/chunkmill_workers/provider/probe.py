@@ -11,14 +11,15 @@ import secrets
 import time
 
 from chunkmill.domain.states import Route
-from chunkmill.errors import ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.errors import ProviderBusy, ProviderError, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.ledger.money import questions
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
 from chunkmill.openai.plan.refusals import RESUME
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
-from chunkmill_workers.provider.asking import ask_plain
+from chunkmill_workers.provider.asking import ask_plain, asking_seconds
 from chunkmill_workers.provider.books import book_answer, book_silence
 from chunkmill_workers.provider.context import ProviderContext
 
@@ -61,22 +62,35 @@ def try_answer(context: ProviderContext, space: Space) -> None:
 def _ask(context: ProviderContext, space: Space) -> None:
     model = context.model(space)
     tokens = context.counter(model).counts([PROBE])[0]
+    key = secrets.token_bytes(16)
+    with context.begin() as conn:
+        questions.add_sent(
+            conn, key, space_id=space.id, contents=1, tokens=tokens, lease_seconds=asking_seconds(context)
+        )
     try:
         embedded = ask_plain(context, space, [PROBE], tokens=tokens, idempotency_key=f"probe-{secrets.token_hex(8)}")
-    except ProviderRefused as refused:
-        raise ProviderStopped(
-            f"{refused.brief}, although one word was sent",
-            words=refused.words,
-            advice=f"Check OPENAI_MODELS and OPENAI_BASE_URL. {RESUME}",
-            provider_code=refused.provider_code,
-        ) from None
     except ProviderSilent as silent:
         with context.begin() as conn:
-            book_silence(conn, context, space, [UnansweredRequests(0, 1, tokens)], silent)
+            if questions.take_sent(conn, key):
+                book_silence(conn, context, space, [UnansweredRequests(0, 1, tokens)], silent)
+            questions.end(conn, key)
         raise
+    except ProviderError as error:
+        with context.begin() as conn:
+            questions.end(conn, key)  # it was not charged
+        if not isinstance(error, ProviderRefused):
+            raise
+        raise ProviderStopped(
+            f"{error.brief}, although one word was sent",
+            words=error.words,
+            advice=f"Check OPENAI_MODELS and OPENAI_BASE_URL. {RESUME}",
+            provider_code=error.provider_code,
+        ) from None
     charged = tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
     with context.begin() as conn:
-        book_answer(conn, context, space, contents=1, tokens=charged)
+        if questions.take_sent(conn, key):
+            book_answer(conn, context, space, contents=1, tokens=charged)
+        questions.end(conn, key)
     COUNTS.add(metrics.TOKENS, charged)
     if embedded.problems:
         raise ProviderStopped(

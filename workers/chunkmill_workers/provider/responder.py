@@ -43,7 +43,7 @@ from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.process.unserved import UnservedWork
-from chunkmill_workers.provider.asking import ask_plain
+from chunkmill_workers.provider.asking import ask_plain, asking_seconds
 from chunkmill_workers.provider.books import book_answer, book_silence, book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import pause_failing_lane, pause_lane, stop_lane
@@ -53,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 LOCAL_FIRST_SECONDS = 2.0
 """How long local workers may take a request of a space that they serve too, before this worker does."""
-
-BESIDE_ASKING_SECONDS = 30.0
-"""How long a request may take besides the wait for the provider's answer."""
 
 
 class ProviderResponder(Responder[ProviderContext]):
@@ -120,8 +117,8 @@ class ProviderResponder(Responder[ProviderContext]):
 
     @property
     def _lease_seconds(self) -> float:
-        """Longer than one request may take: a question that is still asked must not be asked, and paid for, twice."""
-        return self._context.settings.openai_timeout_seconds + BESIDE_ASKING_SECONDS
+        """A question that is still asked must not be asked, and paid for, twice."""
+        return asking_seconds(self._context)
 
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         question = _Question(self._context, request, space, self._lease_seconds)

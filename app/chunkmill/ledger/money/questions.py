@@ -2,7 +2,7 @@
 
 Such a request is its caller's: whoever waits deletes it, before or after the answer, and a crash of Postgres empties
 its table. So what a question may cost is here. Only the worker that asks it deletes its row, or, if that worker is
-gone, the one that books what it may have cost.
+gone, the one that books what it may have cost. The probes of a worker are questions of its own.
 
 Each change names its guard and is made in the transaction that books. What is not there any more is booked already: by
 an earlier run of the same transaction, or by another worker.
@@ -30,6 +30,22 @@ def add(conn: sa.Connection, key: bytes, *, space_id: int, tokens: int, until: d
             VALUES (:key, :space, :tokens, :until)
         """),
         {"key": key, "space": space_id, "tokens": tokens, "until": until},
+    )
+
+
+def add_sent(
+    conn: sa.Connection, key: bytes, *, space_id: int, contents: int, tokens: int, lease_seconds: float
+) -> None:
+    """Let the budget count a request that no caller waits for, such as a probe, and that is about to be sent.
+
+    Its worker is taken for dead ``lease_seconds`` from now.
+    """
+    conn.execute(
+        sa.text("""
+            INSERT INTO provider_questions (key, space_id, tokens, sent_contents, sent_tokens, until)
+            VALUES (:key, :space, :tokens, :contents, :tokens, clock_timestamp() + make_interval(secs => :seconds))
+        """),
+        {"key": key, "space": space_id, "contents": contents, "tokens": tokens, "seconds": lease_seconds},
     )
 
 
