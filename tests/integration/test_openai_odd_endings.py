@@ -10,10 +10,11 @@ import sqlalchemy as sa
 
 from chunkmill.errors import ChunkmillError, NotFound
 from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
+from chunkmill.settings import Settings
 from chunkmill_workers.provider import follow, steps
 from tests.openai_server import OpenAIServer
-from tests.support.corridor_scene import Scene
-from tests.support.waiting import until
+from tests.support.corridor_scene import Scene, scene
+from tests.support.waiting import PATIENCE, until
 
 N = 10
 """Contents: requests of 4, 4 and 2."""
@@ -171,6 +172,43 @@ def test_what_failed_before_it_began_is_sent_again_and_not_booked(
     assert len(stage.batches()) > 1
     stage.check_done(job, texts)
     assert adjustments(stage) == {}
+
+
+@pytest.mark.parametrize("told", ["counts", "usage", "times"])
+def test_what_ran_and_failed_is_not_created_again_though_its_create_got_no_answer(
+    stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """It is found in the provider's list, whatever of its costs is told there. Another one is never made."""
+    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 4)
+    for kind in {"counts": ("null_usage",), "usage": ("null_counts",), "times": ("null_counts", "null_usage")}[told]:
+        server.misbehave(kind, times=None)
+    server.misbehave("cut", where=CREATE, applied=True)
+    server.misbehave("failed_after_running", usage=told == "usage")
+    texts = stage.texts(N)
+
+    [job] = stage.finish(stage.enqueue(texts))
+
+    assert job.state == "failed"
+    assert len(stage.batches()) == 1
+    kind = "maybe_charged" if told == "times" else "lost"
+    assert adjustments(stage) == {kind: (N, tokens_of(stage.charges()))}
+
+
+def test_of_two_creates_the_one_that_failed_its_validation_is_left(
+    settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest
+) -> None:
+    """The second create of the same file got no answer, and the list shows its batch some time later."""
+    with scene(settings, server, request, openai_adopt_seconds=PATIENCE) as stage:
+        server.control(list_lag_seconds=1.0)
+        server.misbehave("fail_validation", times=1, code="who_knows")
+        server.misbehave("cut", where=CREATE, applied=True, after=1)
+        texts = stage.texts(N)
+
+        [job] = stage.finish(stage.enqueue(texts))
+
+        assert len(stage.batches()) == 2
+        stage.check_done(job, texts)
+        assert adjustments(stage) == {}
 
 
 def seen_running_once(stage: Scene) -> None:

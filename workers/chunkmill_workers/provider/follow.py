@@ -96,7 +96,7 @@ def _may_have_run(step: Step, remote: RemoteBatch) -> bool:
     """Whether a batch failed after its validation and does not say how much of it ran, so that it may be charged."""
     seen_running = step.provider_status in (RemoteStatus.IN_PROGRESS, RemoteStatus.FINALIZING)
     began = remote.has_begun or seen_running or step.looks > 0  # it is looked at again only if it may have run
-    return remote.status is RemoteStatus.FAILED and began and remote.completed is None and remote.used_tokens is None
+    return remote.status is RemoteStatus.FAILED and began and remote.has_unknown_cost
 
 
 def is_ours(remote: RemoteBatch, step: Step) -> bool:

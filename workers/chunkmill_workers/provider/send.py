@@ -191,13 +191,14 @@ def adopt(context: ProviderContext, step: Step) -> Step:
     grace = context.settings.openai_adopt_seconds
     # A batch that failed validation was not charged, and may come from an earlier create.
     try:
-        existing = [remote for remote in _find(context, step) if remote.status is not RemoteStatus.FAILED]
+        found = _find(context, step)
     except (ProviderRefused, ProviderSilent) as error:
         if step.creating_for_s < (grace if isinstance(error, ProviderRefused) else max(grace, UNKNOWN_FOR_S)):
             raise
         raise _unknown(step, error) from None
+    existing = [remote for remote in found if remote.status is not RemoteStatus.FAILED or remote.may_have_run]
     if existing:
-        best = min(existing, key=lambda remote: remote.status in _CANCELLED)  # the oldest of equals
+        best = min(existing, key=_promises_least)  # the oldest of equals
         logger.info("%s: found it at the provider as %s", step.name, best.id)
         return submitted(context, step, best)
     if step.creating_for_s < grace:
@@ -212,6 +213,10 @@ def adopt(context: ProviderContext, step: Step) -> Step:
         lambda conn: provider_batches.advance(conn, step, State.UPLOADED, error=None), "create again"
     )
     return create(context, back)
+
+
+def _promises_least(remote: RemoteBatch) -> int:
+    return 2 if remote.status is RemoteStatus.FAILED else int(remote.status in _CANCELLED)
 
 
 def _unknown(step: Step, error: ProviderError) -> ProviderStopped:

@@ -77,6 +77,17 @@ class RemoteBatch:
         """Whether it has ended. With any of these statuses either file may be there, and the counts may not add up."""
         return self.status.is_terminal
 
+    @property
+    def has_unknown_cost(self) -> bool:
+        """Whether the provider says neither how many requests are done nor what they cost."""
+        return self.completed is None and self.used_tokens is None
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether some of its requests may have been charged, also if it failed. A refused file costs nothing."""
+        has_file = bool(self.output_file_id or self.error_file_id)
+        return bool(self.completed or self.used_tokens) or has_file or (self.has_begun and self.has_unknown_cost)
+
 
 def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
     """Read a batch from the client's object or a mapping, without ``secrets``.
