@@ -10,11 +10,10 @@ import sqlalchemy as sa
 
 from chunkmill.errors import ChunkmillError, NotFound
 from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
-from chunkmill.settings import Settings
 from chunkmill_workers.provider import follow, steps
 from tests.openai_server import OpenAIServer
-from tests.support.corridor_scene import Scene, scene
-from tests.support.waiting import PATIENCE, until
+from tests.support.corridor_scene import Scene
+from tests.support.waiting import until
 
 N = 10
 """Contents: requests of 4, 4 and 2."""
@@ -192,23 +191,6 @@ def test_what_ran_and_failed_is_not_created_again_though_its_create_got_no_answe
     assert len(stage.batches()) == 1
     kind = "maybe_charged" if told == "times" else "lost"
     assert adjustments(stage) == {kind: (N, tokens_of(stage.charges()))}
-
-
-def test_of_two_creates_the_one_that_failed_its_validation_is_left(
-    settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest
-) -> None:
-    """The second create of the same file got no answer, and the list shows its batch some time later."""
-    with scene(settings, server, request, openai_adopt_seconds=PATIENCE) as stage:
-        server.control(list_lag_seconds=1.0)
-        server.misbehave("fail_validation", times=1, code="who_knows")
-        server.misbehave("cut", where=CREATE, applied=True, after=1)
-        texts = stage.texts(N)
-
-        [job] = stage.finish(stage.enqueue(texts))
-
-        assert len(stage.batches()) == 2
-        stage.check_done(job, texts)
-        assert adjustments(stage) == {}
 
 
 def seen_running_once(stage: Scene) -> None:
