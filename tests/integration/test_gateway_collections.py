@@ -14,6 +14,7 @@ import pytest
 from chunkmill.embedded import StackStatus
 from chunkmill.gateway import streams
 from chunkmill.gateway.routes import collections as routes
+from chunkmill.gateway.routes import indexes
 from tests.conftest import fresh_settings
 from tests.support.gateway_scene import (
     ALIAS,
@@ -152,7 +153,12 @@ HIDDEN = [
     ("GET", "/audit"),
     ("GET", "/chunks"),
     ("GET", "/chunks?id=1"),
+    ("POST", "/chunks/get"),
     ("GET", "/count"),
+    ("GET", "/keywords"),
+    ("POST", "/keywords"),
+    ("DELETE", "/keywords"),
+    ("GET", "/searches"),
     ("GET", "/vectors"),
     ("POST", "/search"),
     ("PATCH", "/chunks"),
@@ -175,7 +181,9 @@ def test_a_collection_that_a_key_does_not_name_answers_as_one_that_does_not_exis
 
 
 def test_every_path_of_a_collection_is_among_those_that_hide_it() -> None:
-    paths = {(e.method, e.path.removeprefix("/v1/collections/{collection}")) for e in routes.ENDPOINTS}
+    paths = {
+        (e.method, e.path.removeprefix("/v1/collections/{collection}")) for e in (*routes.ENDPOINTS, *indexes.ENDPOINTS)
+    }
     tested = {(method, rest.partition("?")[0]) for method, rest in HIDDEN}
     others = {("GET", "/v1/collections"), ("PUT", "/v1/aliases/{alias}"), ("DELETE", "/v1/aliases/{alias}")}
     others.add(("POST", "/v1/feedback"))  # test_searches_of_several_spaces.py

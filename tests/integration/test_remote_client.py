@@ -37,6 +37,7 @@ from chunkmill import (
 )
 from chunkmill.db.connect import create_db
 from chunkmill.domain.states import JobState
+from chunkmill.domain.stored import StoredChunk
 from chunkmill.embedded import StackStatus
 from chunkmill.gateway.routes import collections as gateway_collections
 from chunkmill.remote import AsyncRemoteClient, RemoteClient, RemoteEmbedder
@@ -330,6 +331,67 @@ def test_dead_chunks_are_looked_at_retried_and_dropped(scene: GatewayScene, clie
     assert client.drop_dead([beside.id]).entries == 1
 
 
+def test_chunks_and_vectors_by_their_ids_are_those_of_a_client(
+    scene: GatewayScene, client: Remote, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_collections, "PAGE_WITH_TEXT", 4)
+    monkeypatch.setattr(remote_collections, "WHOLE_BATCH", 3)
+    job = client.enqueue([(f"id {i}/é", f"{name} {i}", {"n": i}) for i in range(11)], collection=name)
+    scene.embed(job.id)
+    client.enqueue([("id 3/é", "no vector yet"), ("id 4/é", "neither")], collection=name)
+    wanted = [f"id {i}/é" for i in (9, 3, 0, 77, 9, 1, 2, 5, 6, 10)]
+    for collection, ids in ((name, wanted), (DOCS, ["a", *(chunk.id for chunk in scene.client.chunks(DOCS))])):
+        for more in ({}, {"with_text": False}, {"with_vector": True}):
+            mine, theirs = client.get(collection, ids, **more), scene.client.get(collection, ids, **more)
+            assert list(mine) == list(theirs)
+            assert [_plain(chunk) for chunk in mine.values()] == [_plain(chunk) for chunk in theirs.values()]
+        for chosen in (ids, None):
+            rows, expected = client.vectors(collection, chosen), scene.client.vectors(collection, chosen)
+            assert rows.keys() == expected.keys()
+            assert all(np.array_equal(rows[chunk_id], expected[chunk_id]) for chunk_id in expected)
+    assert client.get(name, []) == client.vectors(name, []) == {}
+    assert len(client.vectors(name)) == 9
+
+
+def _plain(chunk: StoredChunk) -> tuple[object, ...]:
+    vector = None if chunk.vector is None else chunk.vector.tolist()
+    return chunk.id, chunk.text, chunk.metadata, chunk.truncated, vector
+
+
+def test_chunks_by_id_whose_texts_are_too_much_for_one_answer_come_in_several(
+    scene: GatewayScene, client: Remote, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_collections, "PAGE_BYTES", 1_000)
+    monkeypatch.setattr(gateway_collections, "IDS_STEP", 1)
+    texts = {f"{i}": f"{name} {i} {client.kind} " + "x" * (400 * i) for i in range(6)}
+    client.enqueue(list(texts.items()), collection=name)
+
+    assert {chunk.id: chunk.text for chunk in client.get(name, texts).values()} == texts
+
+
+def test_keywords_and_indexes_are_made_and_dropped_and_the_other_collection_keeps_its_own(
+    scene: GatewayScene, client: Remote, name: str
+) -> None:
+    other = f"beside {name}"
+    for one in (name, other):
+        scene.embed(client.enqueue([(f"{i}", f"{one} {i}") for i in range(3)], collection=one).id)
+        assert client.keywords(one) is None
+        assert client.keywords(one, language="simple") == client.keywords(one) == scene.client.keywords(one)
+        assert client.index(one) == client.index(one, space="active") == scene.client.index(one)
+    with pytest.raises(InvalidInput, match="drop_keywords"):
+        client.keywords(name, language="english")
+    assert [client.drop_keywords(name), client.drop_keywords(name)] == [True, False]
+    assert (client.keywords(name), client.keywords(other)) == (None, scene.client.keywords(other))
+    assert client.keywords(other) is not None
+
+
+def test_how_searches_went_is_told_by_collection(scene: GatewayScene, client: Remote) -> None:
+    for collection in (DOCS, ODD):
+        mine, theirs = client.search_counts(collection, hours=2.5), scene.client.search_counts(collection, hours=2.5)
+        assert mine == theirs
+        assert (type(mine), [counts.role for counts in mine]) == (type(theirs), ["active"])
+
+
 def test_a_key_keeps_in_order_what_it_may(scene: GatewayScene, client: Remote) -> None:
     with remote(client.kind, scene.running.url, DOCS_ONLY) as docs:
         for call in (
@@ -337,6 +399,13 @@ def test_a_key_keeps_in_order_what_it_may(scene: GatewayScene, client: Remote) -
             lambda: docs.drop_collection(ODD),
             lambda: docs.explain(scene.jobs[ODD].id),
             lambda: docs.dead_codes(collection=ODD),
+            lambda: docs.get(ODD, ["a"]),
+            lambda: docs.vectors(ODD),
+            lambda: docs.index(ODD),
+            lambda: docs.keywords(ODD),
+            lambda: docs.keywords(ODD, language="simple"),
+            lambda: docs.drop_keywords(ODD),
+            lambda: docs.search_counts(ODD),
         ):
             with pytest.raises(NotFound):
                 call()
@@ -350,6 +419,13 @@ def test_a_key_keeps_in_order_what_it_may(scene: GatewayScene, client: Remote) -
             more = {"all_chunks": True} if verb == "update_metadata" else {}
             with pytest.raises(AccessDenied):
                 getattr(search, verb)(*given, **more)
+        for call in (
+            lambda: search.index(DOCS), lambda: search.keywords(DOCS, language="simple"),
+            lambda: search.drop_keywords(DOCS),
+        ):  # fmt: skip
+            with pytest.raises(AccessDenied):
+                call()
+        assert search.get(DOCS, []) == {} and search.keywords(DOCS) is None
     assert {one.name for one in scene.client.collections()} >= {DOCS, ODD}
 
 
@@ -383,6 +459,21 @@ ERRORS: list[tuple[type[Exception], Callable[[Any], Any]]] = [
     (NotFound, lambda c: c.set_alias("new alias", "absent")),
     (NotFound, lambda c: c.remove_alias("absent")),
     (NotFound, lambda c: c.update_metadata("absent", {"a": 1}, ids=["1"])),
+    (NotFound, lambda c: c.get("absent", ["1"])),
+    (NotFound, lambda c: c.get("absent", [])),
+    (NotFound, lambda c: c.vectors("absent")),
+    (NotFound, lambda c: c.vectors("absent", ["1"])),
+    (NotFound, lambda c: c.index("absent")),
+    (NotFound, lambda c: c.keywords("absent")),
+    (NotFound, lambda c: c.keywords("absent", language="simple")),
+    (NotFound, lambda c: c.drop_keywords("absent")),
+    (NotFound, lambda c: c.search_counts("absent")),
+    (InvalidInput, lambda c: c.get(DOCS, "one id")),
+    (InvalidInput, lambda c: c.get(DOCS, [1])),
+    (InvalidInput, lambda c: c.vectors(DOCS, "one id")),
+    (NotFound, lambda c: c.index(DOCS, space="no such space")),
+    (InvalidInput, lambda c: c.keywords(DOCS, language="no such language")),
+    (InvalidInput, lambda c: c.search_counts(DOCS, hours=1e9)),
     (InvalidInput, lambda c: c.update_metadata(DOCS, {"a": 1})),
     (InvalidInput, lambda c: c.update_metadata(DOCS, {"a": 1}, filter={})),
     (InvalidInput, lambda c: c.rename_collection(DOCS, ODD)),

@@ -125,14 +125,16 @@ class RemoteCalls:
         return (yield from self._read(self._server, answer.body, lambda: reader(answer.body)))
 
     def _get_lasting(
-        self, path: str, reader: Callable[[bytes], T], body: Mapping[str, Any], timeout: float
+        self, path: str, reader: Callable[[bytes], T], body: Mapping[str, Any], timeout: float | None = None
     ) -> Steps[T]:
-        """What the answer to a POST holds that may take ``timeout`` seconds. It is not repeated once it has begun.
+        """What the answer to a POST holds that may take ``timeout`` seconds, or if it is None, as long as the work.
+
+        It is not repeated once it has begun.
 
         The gateway sends blank lines meanwhile, with the status 200, and an error in the body if it comes after them.
         """
-        seconds = min(timeout, LONGEST_WORK_S)
-        content = as_json({**body, "timeout_s": seconds})
+        seconds = LONGEST_WORK_S if timeout is None else min(timeout, LONGEST_WORK_S)
+        content = as_json({**body, **({} if timeout is None else {"timeout_s": seconds})})
 
         def attempt() -> Steps[Answer | Failure]:
             headers = {"content-type": "application/json"}

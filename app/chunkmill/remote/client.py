@@ -15,6 +15,7 @@ from chunkmill.remote.address import read_address, read_hosts, read_key
 from chunkmill.remote.collections import Collections
 from chunkmill.remote.embedding import Embedding
 from chunkmill.remote.http import context_of
+from chunkmill.remote.indexes import Indexes
 from chunkmill.remote.jobs import Jobs
 from chunkmill.remote.reembedding import Reembeddings
 from chunkmill.remote.servers import Server
@@ -36,7 +37,7 @@ Verify = bool | str | Path | ssl.SSLContext
 Runner = TypeVar("Runner")
 
 
-class Verbs(Embedding, Jobs, Collections, Upkeep, Reembeddings):
+class Verbs(Embedding, Jobs, Collections, Indexes, Upkeep, Reembeddings):
     """All verbs, as generators of steps."""
 
 
@@ -126,6 +127,12 @@ class RemoteClient(_Remote[ThreadRunner]):
     feedback = in_thread(Verbs.feedback)
     count = in_thread(Verbs.count)
     delete = in_thread(Verbs.delete)
+    get = in_thread(Verbs.get)
+    vectors = in_thread(Verbs.vectors)
+    index = in_thread(Verbs.index)
+    keywords = in_thread(Verbs.keywords)
+    drop_keywords = in_thread(Verbs.drop_keywords)
+    search_counts = in_thread(Verbs.search_counts)
     explain = in_thread(Verbs.explain)
     attempts = in_thread(Verbs.attempts)
     update_metadata = in_thread(Verbs.update_metadata)
@@ -198,6 +205,12 @@ class AsyncRemoteClient(_Remote[TaskRunner]):
     feedback = in_loop(Verbs.feedback)
     count = in_loop(Verbs.count)
     delete = in_loop(Verbs.delete)
+    get = in_loop(Verbs.get)
+    vectors = in_loop(Verbs.vectors)
+    index = in_loop(Verbs.index)
+    keywords = in_loop(Verbs.keywords)
+    drop_keywords = in_loop(Verbs.drop_keywords)
+    search_counts = in_loop(Verbs.search_counts)
     explain = in_loop(Verbs.explain)
     attempts = in_loop(Verbs.attempts)
     update_metadata = in_loop(Verbs.update_metadata)

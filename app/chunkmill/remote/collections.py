@@ -34,8 +34,18 @@ from chunkmill.errors import InvalidInput
 from chunkmill.remote.asking import RemoteCalls, as_json, told_timeout_ms, unreadable
 from chunkmill.remote.http import IN_FLIGHT
 from chunkmill.remote.reading import Unreadable, parse, parse_object, read, read_list
-from chunkmill.remote.refusals import failure_of_silence
-from chunkmill.remote.steps import Give, Items, ReadStep, Request, Steps, Together, Unanswered
+from chunkmill.remote.refusals import Failure, failure_of_silence
+from chunkmill.remote.steps import (
+    Answer,
+    Give,
+    Items,
+    ReadStep,
+    Request,
+    Steps,
+    Together,
+    Unanswered,
+    given_by,
+)
 
 MAX_K = 1_000
 MAX_OFFSET = 100_000
@@ -48,6 +58,8 @@ LONGEST_PAGE = 256 * 1024 * 1024
 """Bytes of a page of chunks or hits. The texts of a gateway's page have 32 Mi characters at most."""
 PAGE_WITH_TEXT = 100
 PAGE_WITHOUT = 1_000
+WHOLE_BATCH = 10_000
+"""How many vectors of a whole collection are put together at a time."""
 LONGEST_HEADER = 4 * 1024 * 1024
 LONGEST_BLOCK = 64 * 1024 * 1024
 """Bytes of the header of a block of vectors, and of its vectors."""
@@ -270,6 +282,59 @@ class Collections(RemoteCalls):
             "with_vector": flag(with_vector),
         }
         return Items(self._chunk_pages(collection, query, after, left, PAGE_WITH_TEXT if with_text else PAGE_WITHOUT))
+
+    def get(
+        self, collection: str, ids: Iterable[str], *, with_text: bool = True, with_vector: bool = False
+    ) -> Steps[dict[str, StoredChunk]]:
+        """``chunk id → StoredChunk`` of ``ids``, in their order. An id that is not in the collection is left out.
+
+        Many ids are asked for in several requests, and so at several moments. Raises :class:`NotFound` if there is no
+        such collection.
+        """
+        require_name("collection", collection)
+        wanted = list(dict.fromkeys(as_ids("ids", ids)))
+        flags = {"with_text": as_flag("with_text", with_text), "with_vector": as_flag("with_vector", with_vector)}
+        parts: list[list[StoredChunk]] = yield Together(
+            [partial(self._by_ids, collection, part, flags) for part in slices(wanted, PAGE_WITH_TEXT) or [[]]],
+            IN_FLIGHT,
+        )
+        return {chunk.id: chunk for part in parts for chunk in part}
+
+    def _by_ids(self, collection: str, ids: list[str], flags: Mapping[str, bool]) -> Steps[list[StoredChunk]]:
+        """The chunks of some ids. If their texts are more than an answer may have, of one half after the other."""
+        deadline = self._deadline()
+        content = as_json({"ids": ids, **flags})
+
+        def attempt() -> Steps[Answer | Failure | None]:
+            headers = {"content-type": "application/json"}
+            path = path_of(collection, "chunks/get")
+            request = Request("POST", path, self._left(deadline), {}, headers, content, longest=LONGEST_PAGE)
+            made = yield from self._attempt(self._server, request)
+            return None if isinstance(made, Failure) and made.is_too_large and len(ids) > 1 else made
+
+        answer = yield from self._repeated(attempt, deadline)
+        if answer is None:
+            half = len(ids) // 2
+            first = yield from self._by_ids(collection, ids[:half], flags)
+            return first + (yield from self._by_ids(collection, ids[half:], flags))
+        read_chunks = partial(read_list, StoredChunk)
+        return (
+            yield from self._read(
+                self._server, answer.body, lambda: read_chunks(parse_object(answer.body).get("chunks"), "chunks")
+            )
+        )
+
+    def vectors(self, collection: str, ids: Iterable[str] | None = None) -> Steps[dict[str, NDArray[np.float32]]]:
+        """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out.
+
+        Raises :class:`NotFound`. A collection that does not fit in memory is read with :meth:`iter_vectors`.
+        """
+        if ids is not None:
+            stored = yield from self.get(collection, ids, with_text=False, with_vector=True)
+            return {chunk_id: chunk.vector for chunk_id, chunk in stored.items() if chunk.vector is not None}
+        require_name("collection", collection)
+        batches = yield from given_by(self._vector_batches(collection, {}, _Batches(WHOLE_BATCH)))
+        return {chunk_id: row for some, rows in batches for chunk_id, row in zip(some, rows, strict=True)}
 
     def _chunk_pages(
         self, collection: str, query: Mapping[str, str], after: str, left: int | None, most: int

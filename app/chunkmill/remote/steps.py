@@ -157,3 +157,28 @@ class Items(Generic[Item]):
     """Steps that give items of this type, and have no result."""
 
     steps: Steps[None]
+
+
+def given_by(steps: Steps[None]) -> Steps[list[Any]]:
+    """All items that these steps give, for a verb that hands out none before it has all of them."""
+    items: list[Any] = []
+    value: Any = None
+    error: BaseException | None = None
+    try:
+        while True:
+            try:
+                step = steps.send(value) if error is None else steps.throw(error)
+            except StopIteration:
+                return items
+            value = error = None
+            if isinstance(step, Give):
+                items.append(step.item)
+                continue
+            try:
+                value = yield step
+            except GeneratorExit:
+                raise
+            except BaseException as raised:  # noqa: BLE001 - it is raised again in there
+                error = raised
+    finally:
+        steps.close()

@@ -191,12 +191,12 @@ def adopt(context: ProviderContext, step: Step) -> Step:
     grace = context.settings.openai_adopt_seconds
     # A batch that failed validation was not charged, and may come from an earlier create.
     try:
-        found = _find(context, step)
+        listed = _find(context, step)
     except (ProviderRefused, ProviderSilent) as error:
         if step.creating_for_s < (grace if isinstance(error, ProviderRefused) else max(grace, UNKNOWN_FOR_S)):
             raise
         raise _unknown(step, error) from None
-    existing = [remote for remote in found if remote.status is not RemoteStatus.FAILED or remote.may_have_run]
+    existing = [remote for remote in listed if remote.status is not RemoteStatus.FAILED or remote.may_have_run]
     if existing:
         best = min(existing, key=_promises_least)  # the oldest of equals
         logger.info("%s: found it at the provider as %s", step.name, best.id)

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from chunkmill.domain.arguments import as_session, as_text
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
-from chunkmill.domain.results import Audit, Hits, Index, SearchHit, SearchPlan
+from chunkmill.domain.results import Audit, Hits, SearchHit, SearchPlan
 from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import NotFound
@@ -107,6 +107,17 @@ CHUNKS: dict[str, Schema] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": MOST_CHUNKS, "default": 100},
     "with_text": {"type": "boolean", "default": True},
     "with_vector": {"type": "boolean", "default": False},
+}
+GET: Schema = {
+    "type": "object",
+    "description": "The same with ids in the body, for more of them than an address holds.",
+    "properties": {
+        "ids": {"type": "array", "items": {"type": "string"}, "maxItems": MOST_CHUNKS},
+        "with_text": CHUNKS["with_text"],
+        "with_vector": CHUNKS["with_vector"],
+    },
+    "required": ["ids"],
+    "additionalProperties": False,
 }
 COUNT: dict[str, Schema] = {"filter": CHUNKS["filter"]}
 VECTORS: dict[str, Schema] = {
@@ -257,10 +268,6 @@ async def audit(gateway: Gateway, request: Request, caller: Caller) -> Response:
     return answer(await gateway.client.audit((await _named(gateway, request, caller)).name))
 
 
-async def index(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    return answer(await gateway.client.index((await _named(gateway, request, caller)).name))
-
-
 async def chunks(gateway: Gateway, request: Request, caller: Caller) -> Response:
     query = Query(request, CHUNKS)
     named = await _named(gateway, request, caller)
@@ -291,6 +298,23 @@ async def chunks(gateway: Gateway, request: Request, caller: Caller) -> Response
                 more = chunk.id
                 break
     return await large_answer({"chunks": page, "next": more}, len(page))
+
+
+async def get(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    Query(request, ())
+    named = await _named(gateway, request, caller)
+    body = await read_exact(request, BODY_BYTES)
+    require_known(body, GET["properties"])
+    ids, flags = (
+        body.get("ids"),
+        {"with_text": body.get("with_text", True), "with_vector": body.get("with_vector", False)},
+    )
+    if not isinstance(ids, list) or len(ids) > MOST_CHUNKS:
+        raise wrong("ids", f"it must be a list of at most {MOST_CHUNKS:,} ids")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise wrong(name, "it must be true or false")
+    return await _by_ids(gateway, named, ids, **flags)
 
 
 async def _by_ids(
@@ -539,6 +563,15 @@ ENDPOINTS = [
         parameters=VECTORS,
     ),
     Endpoint(
+        "POST",
+        _PATH + "/chunks/get",
+        get,
+        Scope.SEARCH,
+        "Chunks by their ids. An id that is not in the collection is left out.",
+        body=GET,
+        answer=object_of(chunks=list_of(StoredChunk), next={"type": "null"}),
+    ),
+    Endpoint(
         "DELETE",
         _PATH + "/chunks",
         delete,
@@ -556,14 +589,6 @@ ENDPOINTS = [
         "Change the metadata of chunks. Nothing is embedded again.",
         body=UPDATE,
         answer=object_of(changed={"type": "integer"}),
-    ),
-    Endpoint(
-        "POST",
-        _PATH + "/index",
-        index,
-        Scope.ADMIN,
-        "Build now what searches of the collection need.",
-        answer=schema_of(Index),
     ),
     Endpoint(
         "DELETE",

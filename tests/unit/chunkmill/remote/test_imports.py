@@ -99,8 +99,7 @@ NOT_REMOTE = {
 NOT_YET = {
     "bridge, bridges, drop_bridge, compare, quote_comparison": "no key can pay for their texts",
     "estimate": "the gateway has no counterpart of it for a body of chunks",
-    "get, vectors": "the gateway takes ids in an address, which holds few of them; filters do the same",
-    "index, keywords, drop_keywords, tune_search, search_counts": "work of minutes, for whoever has the database",
+    "tune_search": "no key can pay for the golden queries",
 }
 """What a gateway could do and does not do yet."""
 
