@@ -534,11 +534,12 @@ def ask_all(
             ORDER BY part.first
             RETURNING id
         )
-        SELECT id, pg_notify('{CHANNEL}', '')
+        SELECT id, pg_notify(:channel, '')
         FROM asked
     """
     firsts = list(accumulate((len(part) for part in parts), initial=1))
     parameters: dict[str, object] = {
+        "channel": CHANNEL,
         "space": space_id,
         "fingerprint": fingerprint,
         "kind": kind,

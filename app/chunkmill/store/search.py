@@ -43,6 +43,7 @@ MORE_CANDIDATES = 10
 """At least so many candidates more than hits are compared by their vectors, because the order of a segment is that of
 half precision."""
 JUDGED = 20
+"""How many of the nearest candidates say whether a query lies among its neighbours or beside them."""
 LEAST_SPREAD = 0.92
 """If the first ``JUDGED`` candidates are on average less than this many times as far from each other as from the query,
 the query is not among them but beside them. A search of a graph is then often stuck in the nearest topic while the hits
@@ -436,6 +437,7 @@ def _spread(n: int, cosine: float | None, length: float | None) -> float:
 
 
 def _exact(space: Space, filtered: str) -> str:
+    """The ``:k`` nearest of all chunks that pass."""
     # The addition keeps the planner from an index of vectors, which the last release built and an operator may build.
     return f"""
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, 0 AS compared, false AS gave_up,
@@ -466,11 +468,13 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
     graphs = ", ".join(
         f"({part.id}, {part.rows}, {_CANDIDATES[part.kind]})" for part in live if part.kind is not SegmentKind.FLAT
     )
-    given = "(SELECT count(*) FROM candidates x WHERE x.part = g.part)"
-    gave_up = (
-        f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted) WHERE {given} < least(g.wanted, g.n_rows))"
-    )
-    judged = _JUDGED.format("SELECT embedding, distance FROM nearest")
+    gave_up, judged = "false", "SELECT 0 AS judged, CAST(NULL AS float8) AS cosine, CAST(NULL AS float8) AS length"
+    if graphs:
+        gave_up = f"""EXISTS (
+                   SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted)
+                   WHERE (SELECT count(*) FROM candidates x WHERE x.part = g.part) < least(g.wanted, g.n_rows))"""
+    if graphs and not by_rows:
+        judged = _judged("SELECT embedding, distance FROM nearest")
     return f"""
         WITH candidates AS MATERIALIZED (
             {candidates}
@@ -479,20 +483,21 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
             {_nearest(space, filtered)}
         )
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
-               {gave_up if graphs else "false"} AS gave_up, j.judged, j.cosine, j.length
+               {gave_up} AS gave_up, j.judged, j.cosine, j.length
         FROM nearest n
-        CROSS JOIN ({judged if graphs and not by_rows else _NOT_JUDGED}) j
+        CROSS JOIN ({judged}) j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """
 
 
-_JUDGED = f"""
+def _judged(rows: str) -> str:
+    """What :func:`_spread` needs of the nearest of ``rows``, which have an ``embedding`` and its ``distance``."""
+    return f"""
             SELECT count(*) AS judged, avg(1 - j.distance) AS cosine,
                    vector_norm(CAST(avg(l2_normalize(j.embedding)) AS vector)) AS length
-            FROM ({{}} ORDER BY distance LIMIT {JUDGED}) j
-        """
-_NOT_JUDGED = "SELECT 0 AS judged, CAST(NULL AS float8) AS cosine, CAST(NULL AS float8) AS length"
+            FROM ({rows} ORDER BY distance LIMIT {JUDGED}) j
+    """
 
 
 def _nearest(space: Space, filtered: str) -> str:
@@ -534,7 +539,11 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
         for condition in (filtered, "")
     )
     n_rows = ", ".join(f"({part.id}, {part.rows})" for part in graphs)
-    in_part = "(SELECT count(*) FROM looked x WHERE x.part = g.part{})"
+    judged = _judged(f"""
+                SELECT v.embedding, v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
+                FROM seen
+                JOIN {space.table_name} v USING (content_hash)
+    """)
     return f"""
         WITH near AS MATERIALIZED (
             {near}
@@ -564,25 +573,19 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
                EXISTS (
                    SELECT FROM (VALUES {n_rows}) g (part, n_rows)
-                   WHERE {in_part.format(" AND x.passes")} < least(:k, g.n_rows)
-                     AND {in_part.format("")} < g.n_rows
+                   WHERE (SELECT count(*) FROM looked x WHERE x.part = g.part AND x.passes) < least(:k, g.n_rows)
+                     AND (SELECT count(*) FROM looked x WHERE x.part = g.part) < g.n_rows
                ) AS gave_up,
                j.judged, j.cosine, j.length
         FROM nearest n
-        CROSS JOIN ({_JUDGED.format(_DISTANCES.format(space.vector_type, space.table_name))}) j
+        CROSS JOIN ({judged}) j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """
 
 
-_DISTANCES = """
-                SELECT v.embedding, v.embedding <=> CAST(:query AS {}) AS distance
-                FROM seen
-                JOIN {} v USING (content_hash)
-"""
-
-
 def _of_tail(space: Space, filtered: str) -> str:
+    """The ``:k`` nearest contents of the tail that have a chunk which passes."""
     return f"""(
         SELECT v.content_hash, 0 AS part
         FROM serving_tail t
@@ -641,6 +644,7 @@ def _of_segment(space: Space, segment: Segment, filtered: str, *, by_rows: bool)
 
 
 def _has_chunk(table: str, filtered: str) -> str:
+    """A condition: whether a chunk of the collection that passes has the content of a row of ``table``."""
     return f"""(
             SELECT true
             FROM chunks c

@@ -109,33 +109,38 @@ def create(
     return batch, is_new
 
 
-_SELECT = """
-SELECT b.*, b.expires_at <= now() AS is_expired,
-       coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
-FROM served_batches b
-"""
-
-
 def find(conn: sa.Connection, tenant: str, name: str) -> ServedBatch | None:
     """The tenant's batch; None if there is none."""
     if "\0" in name:
         return None  # no name has it, and Postgres would refuse the query
-    query = f"{_SELECT} WHERE b.tenant = :tenant AND b.name = :name"
+    query = """
+        SELECT b.*, b.expires_at <= now() AS is_expired,
+               coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
+        FROM served_batches b
+        WHERE b.tenant = :tenant AND b.name = :name
+    """
     row = conn.execute(sa.text(query), {"tenant": tenant, "name": name, "stale": float(COUNT_SECONDS)}).one_or_none()
     return None if row is None else _batch(row)
 
 
 def get(conn: sa.Connection, batch_id: int) -> ServedBatch | None:
     """The batch with this id; None if it was pruned."""
-    query = f"{_SELECT} WHERE b.id = :id"
+    query = """
+        SELECT b.*, b.expires_at <= now() AS is_expired,
+               coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
+        FROM served_batches b
+        WHERE b.id = :id
+    """
     row = conn.execute(sa.text(query), {"id": batch_id, "stale": float(COUNT_SECONDS)}).one_or_none()
     return None if row is None else _batch(row)
 
 
 def page(conn: sa.Connection, tenant: str, *, after: int | None, limit: int) -> list[ServedBatch]:
     """The first ``limit`` of the tenant's batches behind the one with the id ``after``, the newest first."""
-    query = f"""
-        {_SELECT}
+    query = """
+        SELECT b.*, b.expires_at <= now() AS is_expired,
+               coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
+        FROM served_batches b
         WHERE b.tenant = :tenant AND (CAST(:after AS bigint) IS NULL OR b.id < CAST(:after AS bigint))
         ORDER BY b.id DESC
         LIMIT :limit
