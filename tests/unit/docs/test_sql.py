@@ -5,10 +5,16 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from chunkmill.domain import reembedding, served, serving, states
+from chunkmill.domain.costs import AdjustmentKind
+from chunkmill.domain.providers import OPENAI
+from chunkmill.ledger.work.usage import Outcome
 
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted(path for folder in ("app", "workers") for path in (ROOT / folder).rglob("*.py"))
@@ -100,6 +106,21 @@ GLUED = {"app/chunkmill/store/search.py": (3, A_ROOM_OF_THE_INDEX)}
 """``file → (how many statements are made by ``+`` or by a method of strings, why)``."""
 
 
+STATES = {
+    str(word.value)
+    for module in (states, reembedding, serving, served)
+    for enum in vars(module).values()
+    if isinstance(enum, type) and issubclass(enum, StrEnum) and enum is not StrEnum
+    for word in enum
+} | {OPENAI, *AdjustmentKind, *Outcome}
+"""The words of states, of routes, and of the ledger."""
+WRITTEN_OUT = {
+    "app/chunkmill/ledger/provider/provider_batches.py": "ON CONFLICT names a partial index, and takes no parameter",
+    "app/chunkmill/ledger/restored.py": "psql runs it in a database of any release, without parameters",
+}
+"""``file → why its statements say words of states themselves``."""
+
+
 class Pieces(NamedTuple):
     """What code puts into statements, and the statements that are made by ``+`` or by a method of strings."""
 
@@ -110,10 +131,18 @@ class Pieces(NamedTuple):
 def pieces_of(text: str) -> Pieces:
     pieces: set[str] = set()
     glued: list[str] = []
-    for node in ast.walk(ast.parse(text)):
+    module = ast.parse(text)
+    heads = {
+        target.id
+        for node in module.body
+        if isinstance(node, ast.Assign) and begins_a_statement(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(module):
         if isinstance(node, ast.JoinedStr):
             values = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
-            if begins_a_statement(node):
+            if begins_a_statement(node) or first_name(node) in heads:
                 pieces |= {ast.unparse(value) for value in values if not is_name(value)}
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mod):
             if any(begins_a_statement(part) for part in (node.left, node.right)):
@@ -123,6 +152,12 @@ def pieces_of(text: str) -> Pieces:
             if node.func.attr in ("format", "replace", "join") and any(map(begins_a_statement, inside)):
                 glued.append(ast.unparse(node))
     return Pieces(pieces, glued)
+
+
+def first_name(node: ast.JoinedStr) -> str | None:
+    """The variable with which a string begins."""
+    first = node.values[0] if node.values else None
+    return first.value.id if isinstance(first, ast.FormattedValue) and isinstance(first.value, ast.Name) else None
 
 
 def begins_a_statement(node: ast.AST) -> bool:
@@ -189,9 +224,24 @@ def test_what_statements_share_says_below_it_why(joined: dict[str, Pieces]) -> N
     assert unsaid == set()
 
 
+def test_words_of_states_come_from_their_enums() -> None:
+    said = {}
+    for path in SOURCES:
+        statements = [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and BEGINNING.match(node.value)
+        ]
+        words = {word for statement in statements for word in re.findall(r"'([a-z_-]+)'", statement)}
+        if words & STATES:
+            said[str(path.relative_to(ROOT))] = words & STATES
+    assert said.keys() == WRITTEN_OUT.keys(), said
+
+
 @pytest.mark.parametrize(
     "code",
     ['f"{_READ} WHERE r.id = :id"', 'f"SELECT {COLUMNS} FROM jobs"', 'f"""\\n{HEAD}\\nORDER BY id"""',
+     'HEAD = "SELECT id FROM jobs"\nf"{HEAD}, 1 AS n"',
      'f"SELECT id FROM jobs WHERE {condition}"', 'f"UPDATE {table} SET {column} = 1"'],
 )  # fmt: skip
 def test_a_piece_of_a_statement_is_noticed(code: str) -> None:

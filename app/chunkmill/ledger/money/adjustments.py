@@ -214,11 +214,11 @@ def _adjustment(row: sa.Row[Any]) -> Adjustment:
 
 
 def charged_or_lost(conn: sa.Connection) -> str:
-    """A query for what is surely charged: the charges, and what was lost, as ``(provider_batch_id, day, tokens)``."""
+    """A query for what is charged, as ``(provider_batch_id, day, tokens)``: the charges, and what is ``:lost``."""
     charged = "SELECT provider_batch_id, day, tokens FROM charges"
     if not is_kept(conn):
         return charged
-    return f"{charged} UNION ALL SELECT provider_batch_id, day, tokens FROM adjustments WHERE kind = 'lost'"
+    return f"{charged} UNION ALL SELECT provider_batch_id, day, tokens FROM adjustments WHERE kind = :lost"
 
 
 def is_kept(conn: sa.Connection) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.db.statements import with_constants
 from chunkmill.domain.served import BatchOrder, FileKind, ServedState
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import LeaseLost
@@ -160,23 +161,29 @@ def cancel_if_open(conn: sa.Connection, batch_id: int) -> bool:
 
 
 # A batch in progress has something to do once its job has ended, or its time is over.
-_CLAIM_DUE = sa.text("""
+_CLAIM_DUE = with_constants(
+    """
 UPDATE served_batches
 SET attempt = attempt + 1, lease_until = now() + make_interval(secs => :lease)
 WHERE id = (
     SELECT b.id
     FROM served_batches b
-    WHERE b.state IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+    WHERE b.state IN (:validating, :in_progress, :finalizing, :cancelling)
       AND b.not_before <= now()
       AND (b.lease_until IS NULL OR b.lease_until < now())
-      AND (b.state <> 'in_progress'
+      AND (b.state <> :in_progress
            OR b.expires_at <= now()
            OR NOT EXISTS (SELECT FROM jobs j WHERE j.id = b.job_id AND j.state IN (:enqueueing, :running)))
     ORDER BY b.not_before, b.id
     LIMIT 1
     FOR UPDATE SKIP LOCKED)
 RETURNING id
-""")
+""",
+    validating=ServedState.VALIDATING,
+    in_progress=ServedState.IN_PROGRESS,
+    finalizing=ServedState.FINALIZING,
+    cancelling=ServedState.CANCELLING,
+)
 
 
 def claim_due(conn: sa.Connection) -> ServedBatch | None:
