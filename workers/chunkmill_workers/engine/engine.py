@@ -53,7 +53,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._backend = parts.backend
         self._head = parts.head
-        self._token_budget = parts.token_budget
+        self._token_limit = parts.token_limit
         self._exact = ExactTwin(parts)
         self._runner = Runner(
             parts.backend,
@@ -61,10 +61,10 @@ class Engine:
             probe=tokenizer.probe,
             dimensions=self.dimensions,
             exact=self._exact,
-            shrink=parts.token_budget.shrink,
-            fitted=parts.token_budget.fitted,
+            shrink=parts.token_limit.shrink,
+            fitted=parts.token_limit.fitted,
         )
-        self._loop = DeviceLoop(self._runner, parts.token_budget, threads=parts.threads)
+        self._loop = DeviceLoop(self._runner, parts.token_limit, threads=parts.threads)
         self._tokenizing = StepClock()
         self.steps = {"a forward pass": self._loop.passes, "a call of the tokenizer": self._tokenizing}
         """The steps that may hang, by the names under which a watchdog reports them."""
@@ -180,7 +180,7 @@ class Engine:
     @property
     def batch_tokens(self) -> int:
         """The most tokens of one forward pass. It shrinks after a pass that did not fit the memory, and rises again."""
-        return self._token_budget.tokens
+        return self._token_limit.tokens
 
     @property
     def has_own_queries(self) -> bool:
