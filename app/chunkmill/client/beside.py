@@ -23,7 +23,7 @@ Contents = dict[int, dict[bytes, bytes]]
 """Space → content hash → UTF-8 text of what is to be embedded into it beside the producer's job."""
 
 
-class Beside:
+class JobsBeside:
     """The jobs beside one producer's job: one for each other space that a window had something for.
 
     A window may be rolled back and written again, so that what it opened counts only after :meth:`committed`.

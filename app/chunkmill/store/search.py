@@ -198,7 +198,7 @@ def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_i
 
 
 @dataclass(frozen=True, slots=True)
-class _Passing:
+class _PassingChunks:
     """The chunks that pass a filter, if they are few: how many, and where they are in the table.
 
     The places hold for as long as the transaction sees one moment, because no vacuum removes what it sees.
@@ -210,7 +210,7 @@ class _Passing:
 
 
 @dataclass(frozen=True, slots=True)
-class _Near:
+class _NearestHits:
     """The nearest candidates, and what is known of them."""
 
     hits: list[SearchHit]
@@ -241,7 +241,7 @@ class _CallContext:
         k: int,
         wanted: int,
         index: ServingIndex | None,
-        passing: _Passing | None,
+        passing: _PassingChunks | None,
         because: str,
         explain: bool,
     ) -> Hits:
@@ -267,7 +267,7 @@ class _CallContext:
         before = {hit.chunk_id for hit in head}
         return Hits([*head, *(hit for hit in exactly if hit.chunk_id not in before)], plan)
 
-    def list_passing(self, index: ServingIndex, k: int) -> tuple[_Passing | None, float, str]:
+    def list_passing(self, index: ServingIndex, k: int) -> tuple[_PassingChunks | None, float, str]:
         """The chunks that pass the filter, if they are so few that an exact search is better; else why it is not.
 
         Between the two stands about what share of the collection passes.
@@ -289,7 +289,7 @@ class _CallContext:
         row = self.conn.execute(sa.text(query), {**self.parameters, "most": few + 1}).one()
         if row.n > few:
             return None, share, f"more than {few:,} chunks pass the filter"
-        return _Passing(row.n, row.places), share, ""
+        return _PassingChunks(row.n, row.places), share, ""
 
     def _estimate_share(self, index: ServingIndex) -> float:
         """What share of the collection passes the filter, by some blocks of its largest graph: always the same."""
@@ -337,7 +337,9 @@ class _CallContext:
         )
         return Hits(near.hits[:k], plan)
 
-    def _nearest_at_once(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near | None:
+    def _nearest_at_once(
+        self, parameters: dict[str, object], candidates: int, index: ServingIndex
+    ) -> _NearestHits | None:
         """The nearest that pass the filter, among so many rows of each graph as are enough by the share that passes.
 
         One statement reads them, looks which of them pass, and says where the query is among all of them. None if there
@@ -351,7 +353,7 @@ class _CallContext:
         near = self._near(statement, {**parameters, "k": max(candidates, JUDGED), "at_once": at_once, "beam": BEAM})
         return near if near.hits else None
 
-    def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near:
+    def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _NearestHits:
         """The nearest that pass the filter: each graph is read until it has given enough of them."""
         beam = min(WIDEST_BEAM, max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(BEAM, 2 * candidates))
         is_judged, spread = index.has_graphs and bool(self.filtered or index.has_bits), math.inf
@@ -361,19 +363,19 @@ class _CallContext:
             all_of_it = _through_segments(self.space, index.segments, "")
             spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": BEAM}).spread
             if spread < LEAST_SPREAD:
-                return _Near([], 0, spread, BEAM)
+                return _NearestHits([], 0, spread, BEAM)
         self._set_beam(beam)
         graphs = _through_segments(self.space, index.segments, self.filtered)
         near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
         return replace(near, spread=spread) if is_judged else near
 
-    def _exactly(self, parameters: dict[str, object], k: int, passing: _Passing | None) -> list[SearchHit]:
+    def _exactly(self, parameters: dict[str, object], k: int, passing: _PassingChunks | None) -> list[SearchHit]:
         if passing is None:
             return self._near(_exact(self.space, self.filtered), {**parameters, "k": k}).hits
         listed = "AND c.ctid = ANY(CAST(:places AS tid[]))"
         return self._near(_exact(self.space, listed), {**parameters, "places": passing.places, "k": k}).hits
 
-    def _explanation(self, because: str, passing: _Passing | None) -> SearchPlan:
+    def _explanation(self, because: str, passing: _PassingChunks | None) -> SearchPlan:
         query = f"""
             SELECT count(*)
             FROM chunks c
@@ -391,14 +393,14 @@ class _CallContext:
     def _set_beam(self, beam: int) -> None:
         self.conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {beam}"))
 
-    def _near(self, statement: str, parameters: dict[str, object]) -> _Near:
+    def _near(self, statement: str, parameters: dict[str, object]) -> _NearestHits:
         rows = self.conn.execute(sa.text(statement), parameters).all()
         if not rows or any(row.gave_up for row in rows):
-            return _Near([], 0, math.inf)
+            return _NearestHits([], 0, math.inf)
         hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
         first = rows[0]
         spread = _spread(first.judged, first.cosine, first.length)
-        return _Near(hits, first.compared, spread, int(str(parameters.get("beam", 0))))
+        return _NearestHits(hits, first.compared, spread, int(str(parameters.get("beam", 0))))
 
 
 def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ from chunkmill_workers.engine.collect import Collector
 from chunkmill_workers.engine.load import BackendName, EngineParts, ExactTwin, load_parts
 from chunkmill_workers.engine.long_texts import give_back_memory
 from chunkmill_workers.engine.loop import DeviceLoop, StreamResult
-from chunkmill_workers.engine.probe import MEMORY, Unfit, require_fit
+from chunkmill_workers.engine.probe import MEMORY, UnfitModel, require_fit
 from chunkmill_workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from chunkmill_workers.engine.run import Runner
 from chunkmill_workers.engine.steps import StepClock
@@ -124,7 +124,7 @@ class Engine:
         engine = cls(parts, on_long=on_long)
         try:
             engine._require_fit(parts, chosen=dtype != "auto")
-        except Unfit as unfit:
+        except UnfitModel as unfit:
             if dtype != "auto" or parts.backend.dtype == torch.float32 or isinstance(parts.backend, Int8Backend):
                 raise
             logger.warning("%s. It is loaded in fp32 instead", unfit)

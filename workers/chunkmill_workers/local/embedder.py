@@ -109,7 +109,7 @@ class _Item:
     """Its arrays are filled as passes land."""
     missing: NDArray[np.bool_] | None = None
     """(n,) bool: which texts have no vector yet."""
-    span: tracing.Begun | None = None
+    span: tracing.OpenSpan | None = None
     """The request from here to its answer; None if its caller has no trace."""
 
     @classmethod
@@ -612,7 +612,7 @@ def _traced(parts: Sequence[_Part]) -> Iterator[tracing.Span]:
         yield span
 
 
-def _end_span(span: tracing.Begun, error: Exception | None) -> None:
+def _end_span(span: tracing.OpenSpan, error: Exception | None) -> None:
     if isinstance(error, NobodyWaits):
         span.set({"outcome": "dropped"})
     elif isinstance(error, WorkerLeaves):

@@ -57,7 +57,7 @@ class EmbedResponder(Responder[WorkerContext]):
         """Requests that did not come from Postgres may be submitted here too."""
         self._may_wait = True
         """Whether requests may wait in Postgres that this worker would take."""
-        self._held = _Held(context)
+        self._held = _HeldRequests(context)
         self._mutex = threading.Lock()
         self._answers: list[EmbedAnswer] = []
         self._refused: list[tuple[int, Exception]] = []
@@ -193,7 +193,7 @@ class EmbedResponder(Responder[WorkerContext]):
                     COUNTS.add(m.EMBED_REQUESTS, 1, "refused" if is_told else "left")
 
 
-class _Held:
+class _HeldRequests:
     """The requests that a worker has claimed and not answered, with their leases as they are now."""
 
     def __init__(self, context: WorkerContext) -> None:
