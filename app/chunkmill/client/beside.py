@@ -84,7 +84,9 @@ class JobsBeside:
             shared = chunk_batches.SharedFields(
                 job.id, space_id, job.lane, self._priority.rank, self._settings.max_attempts
             )
-            chunk_batches.add(self._conn, shared, planning.cut(missing, self._settings.chunk_batch_size, max_bytes))
+            chunk_batches.add(
+                self._conn, shared, planning.into_chunk_batches(missing, self._settings.chunk_batch_size, max_bytes)
+            )
 
     def committed(self) -> None:
         """Note that the window was committed, with what was opened in it."""

@@ -411,7 +411,9 @@ class _Producer:
         )
         if self.space.id in lives.ids:  # else nobody would find the vectors
             chunk_batches.add(
-                conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, planning.MAX_BATCH_BYTES)
+                conn,
+                shared,
+                planning.into_chunk_batches(plan.missing, self.settings.chunk_batch_size, planning.MAX_BATCH_BYTES),
             )
         self.beside.write(lives, needed, max_bytes=planning.MAX_BATCH_BYTES)
         chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))

@@ -120,7 +120,7 @@ class Embedding(RemoteCalls):
         if not given:
             return joined([], (yield from self._dimensions(asked, call.deadline)))
         most = REQUEST_TEXTS if len(given) <= FEW_TEXTS else (yield from self._most_texts(call.deadline))
-        pieces: list[Sequence[str]] = yield WorkStep(lambda: list(cut(given, most, REQUEST_BYTES)), is_long)
+        pieces: list[Sequence[str]] = yield WorkStep(lambda: list(into_requests(given, most, REQUEST_BYTES)), is_long)
         parts: list[EmbeddedTexts] = yield ParallelStep(
             [partial(self._piece, call, piece) for piece in pieces], IN_FLIGHT
         )
@@ -285,7 +285,7 @@ def require_texts(texts: Sequence[str]) -> None:
         pass
 
 
-def cut(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[str]]:
+def into_requests(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[str]]:
     """The texts in pieces of at most ``most`` texts and ``most_bytes`` bytes, as UTF-8, or of one longer text."""
     begin, size = 0, 0
     for i, text in enumerate(texts):

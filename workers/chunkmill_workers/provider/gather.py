@@ -151,7 +151,7 @@ class _BatchFiller:
                 )
             return False
         if full:
-            provider_work.cut(self._conn, waiting, contribution.kept)
+            provider_work.split(self._conn, waiting, contribution.kept)
         lease = provider_work.begin(self._conn, waiting, self._step)
         rows = self.packer.rows[first_row:]
         provider_inputs.add(

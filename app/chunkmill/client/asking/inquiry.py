@@ -162,7 +162,7 @@ class Inquiry:
     def _cut(self) -> None:
         missing = self.texts.missing
         self._urgency = 0 if is_short(missing, self.kind) else 1
-        self._parts = cut(missing)[::-1]
+        self._parts = into_parts(missing)[::-1]
 
     def _read_stored(self, conn: sa.Connection) -> None:
         hashes = list(self.texts.missing)
@@ -346,7 +346,7 @@ def is_short(texts: Mapping[bytes, str], kind: str) -> bool:
     return kind == "query" or sum(map(len, texts.values())) <= FEW_CHARACTERS
 
 
-def cut(texts: Mapping[bytes, str]) -> list[list[bytes]]:
+def into_parts(texts: Mapping[bytes, str]) -> list[list[bytes]]:
     """The hashes of the texts in parts of at most ``PART_TEXTS`` texts and ``PART_CHARACTERS`` characters.
 
     A longer text is a part of its own.

@@ -480,7 +480,7 @@ def _sorted_out(
 
 
 def _lengths(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, range]:
-    """The bytes of each text that is stored, as a range, because ``cut`` only asks for the length."""
+    """The bytes of each text that is stored, as a range, because ``into_chunk_batches`` only asks for the length."""
     query = "SELECT content_hash, bytes FROM content_bytes(CAST(:hashes AS bytea[])) ORDER BY content_hash"
     return {row.content_hash: range(row.bytes) for row in conn.execute(sa.text(query), {"hashes": list(hashes)})}
 
@@ -513,7 +513,9 @@ def _add(
             return False
     assert job_id is not None  # noqa: S101 - the job was opened or found
     shared = SharedFields(job_id, job.space_id, lane_of(job.route, job.routing), job.priority, settings.max_attempts)
-    chunk_batches.add(conn, shared, planning.cut(lengths, settings.chunk_batch_size, planning.MAX_BATCH_BYTES))
+    chunk_batches.add(
+        conn, shared, planning.into_chunk_batches(lengths, settings.chunk_batch_size, planning.MAX_BATCH_BYTES)
+    )
     return True
 
 
