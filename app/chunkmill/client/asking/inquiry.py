@@ -133,7 +133,7 @@ class Inquiry:
                 yield WorkStep(self._look_and_send)
                 return
             yield from self._look_together(self.lookups)
-        self._cut()
+        self._make_parts()
         yield from self._send()
 
     def _look_together(self, lookups: Lookups) -> Steps[None]:
@@ -155,11 +155,11 @@ class Inquiry:
     def _look_and_send(self) -> None:
         with self.transaction() as conn:
             self._read_stored(conn)
-            self._cut()
+            self._make_parts()
             if parts := self._left_to_rows():
                 self._send_rows(conn, parts)
 
-    def _cut(self) -> None:
+    def _make_parts(self) -> None:
         missing = self.texts.missing
         self._urgency = 0 if is_short(missing, self.kind) else 1
         self._parts = into_parts(missing)[::-1]
