@@ -301,7 +301,7 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def toy_engine(toy_path: Callable[[str], Path]) -> Callable[[str], Engine]:
-    """fp32 engine of a toy by its name; a small budget, so that even a few texts make several TokenBatches."""
+    """fp32 engine of a toy by its name; a small token limit, so that even a few texts make several TokenBatches."""
 
     @cache
     def load(name: str) -> Engine:

@@ -108,7 +108,7 @@ def test_memory_that_is_short_is_given_back_before_the_halves_run(device: Device
     assert lessons == [80], "the pass that did not fit, and not its halves: memory may be short for this moment only"
 
 
-def test_one_shortage_halves_the_budget_once_however_small_the_passes_became(device: Device) -> None:
+def test_one_shortage_halves_the_token_limit_once_however_small_the_passes_became(device: Device) -> None:
     lessons: list[int] = []
     runner = runner_of(device, lessons.append)
     device.raises = lambda rows: torch.OutOfMemoryError("no room") if len(rows) > 1 else None

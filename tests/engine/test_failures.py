@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import DeviceUnavailable, EngineError, InvalidSetting, ModelLoadError, TokenizerMismatch
 from chunkmill.models import resolve_model
-from chunkmill_workers.engine import Engine, token_budget
+from chunkmill_workers.engine import Engine, token_limit
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 
 from .conftest import reference, sample
@@ -80,7 +80,7 @@ def test_a_pass_that_does_not_fit_is_halved_and_the_lesson_is_kept(
 def test_a_shortage_that_is_over_leaves_the_passes_as_long_as_they_were(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_budget, "TRIAL_AFTER", 2)
+    monkeypatch.setattr(token_limit, "TRIAL_AFTER", 2)
     engine, faulty = load(learned=tmp_path)
     usual, faulty.most_tokens = faulty.most_tokens, 200
     run(engine, sample(60))

@@ -22,7 +22,7 @@ from chunkmill_workers.engine import tokenizer as tokenizer_module
 from chunkmill_workers.engine.overlaps import Overlaps
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.tokenizer import TextTokenizer
-from chunkmill_workers.engine.windows import cut
+from chunkmill_workers.engine.windows import truncate
 
 from .conftest import stdlib_docstrings
 
@@ -128,7 +128,7 @@ def check(name: str, text: str, limits: tuple[int, ...] = (8, 48)) -> None:
         frame = tokenizer.frame("")
         assert (len(ids) > limit) is (len(whole) > limit)
         if len(whole) > limit:
-            assert cut(ids, limit, frame).tolist() == cut(whole, limit, frame).tolist()
+            assert truncate(ids, limit, frame).tolist() == truncate(whole, limit, frame).tolist()
         else:
             assert ids.tolist() == whole.tolist()
 

@@ -20,7 +20,7 @@ from chunkmill.errors import EngineError
 from chunkmill_workers.engine import Engine, loop
 from chunkmill_workers.engine.loop import DeviceLoop
 from chunkmill_workers.engine.run import Pass, PassResult, TokenBatch
-from chunkmill_workers.engine.token_budget import TokenBudget
+from chunkmill_workers.engine.token_limit import TokenLimit
 from chunkmill_workers.engine.windows import Ids
 from tests.support.waiting import PATIENCE, running, together, until
 
@@ -78,7 +78,7 @@ def values(device: DeviceLoop, name: int) -> dict[int, float]:
 def held() -> Iterator[tuple[FakeRunner, DeviceLoop]]:
     """A device that is busy with row 99 until the test sets ``go_on``; passes of up to 20 tokens."""
     runner = FakeRunner()
-    device = DeviceLoop(runner, TokenBudget(20))  # type: ignore[arg-type]
+    device = DeviceLoop(runner, TokenLimit(20))  # type: ignore[arg-type]
     add(device, rows(99))
     assert runner.running.wait(PATIENCE)
     yield runner, device
@@ -176,7 +176,7 @@ def test_bulk_passes_are_short_while_somebody_may_ask_again(
 ) -> None:
     """A pass that runs cannot be interrupted. A fast device needs no shorter passes."""
     runner, device = held
-    device._token_budget = TokenBudget(1_000)
+    device._token_limit = TokenLimit(1_000)
     clock = SimpleNamespace(now=5_000.0)
     frozen = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=loop.time.perf_counter)
     monkeypatch.setattr(loop, "time", frozen)
@@ -296,13 +296,13 @@ def test_a_defect_in_the_thread_reaches_who_waits(
     assert values(device, add(device, rows(5))) == {0: 5}, "the next caller gets a new thread"
 
 
-def test_the_budget_is_asked_before_every_pass() -> None:
-    runner, budget = FakeRunner(), TokenBudget(40)
+def test_the_token_limit_is_asked_before_every_pass() -> None:
+    runner, limit = FakeRunner(), TokenLimit(40)
     runner.go_on.set()
-    device = DeviceLoop(runner, budget)  # type: ignore[arg-type]
+    device = DeviceLoop(runner, limit)  # type: ignore[arg-type]
 
     values(device, add(device, rows(1, 2, 3, 4)))
-    budget.shrink(20)
+    limit.shrink(20)
     values(device, add(device, rows(5, 6, 7, 8)))
 
     assert runner.served == [[1, 2, 3, 4], [5], [6], [7], [8]]
@@ -418,7 +418,7 @@ def test_device_threads_that_have_the_machine_keep_to_cores_of_their_own(monkeyp
                 both.wait()
             return Pass(batch)
 
-    device = DeviceLoop(Noting(concurrent=True), TokenBudget(20), threads=2)  # type: ignore[arg-type]
+    device = DeviceLoop(Noting(concurrent=True), TokenLimit(20), threads=2)  # type: ignore[arg-type]
     values(device, add(device, rows(1, 2, length=20)))
     assert sorted(places, key=min) == [{first}, {second}]
     places.clear()

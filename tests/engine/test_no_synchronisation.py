@@ -18,7 +18,7 @@ from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.loop import DeviceLoop
 from chunkmill_workers.engine.run import Pass, PassResult, TokenBatch
-from chunkmill_workers.engine.token_budget import TokenBudget
+from chunkmill_workers.engine.token_limit import TokenLimit
 from tests.support.waiting import PATIENCE
 
 from .conftest import TOYS, libraries, sample
@@ -143,7 +143,7 @@ class Slow:
 
 def test_one_thread_keeps_two_passes_under_way() -> None:
     runner = Slow()
-    device = DeviceLoop(runner, TokenBudget(10), threads=4)  # type: ignore[arg-type]
+    device = DeviceLoop(runner, TokenLimit(10), threads=4)  # type: ignore[arg-type]
     name = device.open()
     device.add(name, [np.full(10, number, np.int32) for number in range(5)], np.zeros(5, np.bool_), 0)
 

@@ -130,25 +130,25 @@ def test_a_candidate_that_dies_has_a_reason(toy: Path) -> None:
         CandidateProcess(task, replace(SETUP, backend="onnx"))
 
 
-def test_a_budget_that_does_not_fit_the_memory_is_no_candidate(toy: Path) -> None:
+def test_a_token_limit_that_does_not_fit_the_memory_is_no_candidate(toy: Path) -> None:
     """The engine goes on in smaller passes; what is measured then is another setup."""
     task = Task(str(toy), "float", "cpu", ["a text"], 512)
     loaded = LoadedEngine({**asdict(task), "setup": asdict(SETUP)})
     assert loaded.turn()["tokens"] > 0
-    loaded._engine._token_budget.shrink(100)  # as after a pass of 100 tokens that did not fit
+    loaded._engine._token_limit.shrink(100)  # as after a pass of 100 tokens that did not fit
     with pytest.raises(EngineError, match="a pass of 64 tokens does not fit the device's memory; 50 do"):
         loaded.turn()
 
 
 def test_what_the_environment_states_is_all_that_is_tried(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = Order(str(toy), Precision.FLOAT, Constraints(0.9999), ["a text"])
-    assert with_stated(order, Settings.from_env()) == replace(order, backends=[], dtypes=[], budgets=[])
+    assert with_stated(order, Settings.from_env()) == replace(order, backends=[], dtypes=[], batch_tokens=[])
     monkeypatch.setenv("EMBEDDING_DTYPE", "bf16")
     monkeypatch.setenv("EMBEDDING_BACKEND", "openvino")
     monkeypatch.setenv("EMBEDDING_BATCH_TOKENS", "777")
     stated = with_stated(order, Settings.from_env())
-    assert (stated.backends, stated.dtypes, stated.budgets) == (["openvino"], ["bfloat16"], [777])
-    asked = replace(order, backends=["native"], dtypes=["float32"], budgets=[64])
+    assert (stated.backends, stated.dtypes, stated.batch_tokens) == (["openvino"], ["bfloat16"], [777])
+    asked = replace(order, backends=["native"], dtypes=["float32"], batch_tokens=[64])
     assert with_stated(asked, Settings.from_env()) == asked
 
 
@@ -174,7 +174,7 @@ def test_a_lesson_about_memory_holds_below_the_profile(toy: Path) -> None:
     folder = resolve_model(str(toy))
     engine = load_engine(settings, folder, "cpu", this_machine())
     assert engine.batch_tokens == 96
-    engine._token_budget.shrink(120)  # as after a pass of 120 tokens that did not fit
+    engine._token_limit.shrink(120)  # as after a pass of 120 tokens that did not fit
     [lesson] = memory_folder(settings).iterdir()
     assert load_engine(settings, folder, "cpu", this_machine()).batch_tokens == 60
     lesson.write_text('{"batch_tokens": 4096}')
@@ -185,7 +185,7 @@ def test_what_is_set_explicitly_wins(toy: Path, monkeypatch: pytest.MonkeyPatch)
     """Over the profile, and over what a worker has learned when memory was short."""
     keep(Settings.from_env())
     folder = resolve_model(str(toy))
-    load_engine(Settings.from_env(), folder, "cpu", this_machine())._token_budget.shrink(100)
+    load_engine(Settings.from_env(), folder, "cpu", this_machine())._token_limit.shrink(100)
     assert load_engine(Settings.from_env(), folder, "cpu", this_machine()).batch_tokens == 50
     monkeypatch.setenv("EMBEDDING_BATCH_TOKENS", "80")
     assert load_engine(Settings.from_env(), folder, "cpu", this_machine()).batch_tokens == 80

@@ -24,7 +24,7 @@ from chunkmill.db.connect import create_db
 from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState
 from chunkmill.openai.http import Provider
-from chunkmill.openai.wire.answers import Longest
+from chunkmill.openai.wire.answers import LengthLimits
 from chunkmill.openai.wire.status import RemoteBatch
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.context import ProviderContext
@@ -89,7 +89,7 @@ class Mocked(Provider):
         return made
 
     @contextmanager
-    def lines(self, file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+    def lines(self, file_id: str, longest: LengthLimits) -> Iterator[Iterator[bytes]]:
         with super().lines(file_id, longest) as lines:
             yield lines if self._zeros else (line.replace(ZERO, OTHER) for line in lines)
 

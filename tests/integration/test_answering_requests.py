@@ -204,7 +204,7 @@ def test_a_large_request_that_is_withdrawn_is_not_computed_to_its_end(
     with db.begin() as conn:
         one_request.withdraw(conn, request)
     gate.open.set()
-    until(lambda: not started.lane.n_open)
+    until(lambda: not started.embedder.n_open)
     assert len(gate.calls) == 2
     other = ask(db, space, "query", "the next one")
     until(lambda: is_answered(db, other))
@@ -224,10 +224,10 @@ def test_two_thousand_requests_whose_callers_hang_up_are_not_computed(
     hands.rows(f"{insert} RETURNING 1", space=space.id)
     with db.begin() as conn:
         conn.execute(sa.text(f"NOTIFY {embed_requests.CHANNEL}"))
-    until(lambda: started.lane.n_open > 2)  # some are in the worker's hands
+    until(lambda: started.embedder.n_open > 2)  # some are in the worker's hands
     hands.rows("DELETE FROM embed_requests WHERE texts = ARRAY['waits in vain'] RETURNING 1")
     gate.open.set()
-    until(lambda: all(is_answered(db, request) for request in slow) and not started.lane.n_open)
+    until(lambda: all(is_answered(db, request) for request in slow) and not started.embedder.n_open)
     assert sorted(gate.calls) == [["slow"], ["slow"]]
 
 
@@ -297,4 +297,4 @@ def test_a_worker_whose_engine_hangs_renews_no_lease(
     monkeypatch.setattr(context.engines, "longest_step", lambda: (0.0, ""))
     responder.look(may_wait=False)
     assert hands.rows(lease) > first
-    responder.lane.settle()
+    responder.embedder.settle()

@@ -17,7 +17,7 @@ from chunkmill.domain.states import Route
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.money import budget, charges, questions
 from chunkmill.ledger.provider import provider_inputs
-from chunkmill.ledger.provider.provider_room import Room
+from chunkmill.ledger.provider.provider_room import ProviderRoom
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill_workers.provider import gather as gathering
@@ -103,7 +103,7 @@ def test_a_provider_batch_leaves_the_money_that_plain_requests_take_while_it_is_
     other = corridor.worker()
     room = gathering.room
 
-    def look_and_be_overtaken(conn: sa.Connection, settings: Settings, space: registry.Space) -> Room:
+    def look_and_be_overtaken(conn: sa.Connection, settings: Settings, space: registry.Space) -> ProviderRoom:
         """The room, as it is before the plain request of another worker."""
         left = room(conn, settings, space)
         if space.spec.model == LARGE:

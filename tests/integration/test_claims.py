@@ -9,7 +9,7 @@ from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.domain.states import Route
 from chunkmill.ledger.dead import deaths
-from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.dead.deaths import TakenBackCounts
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.poller.poller import Poller
@@ -78,9 +78,9 @@ def test_pollers_share_what_ran_out_and_do_not_wait_for_each_other(
         hands.claim(chunk_batch_id)
     expire(hands)
     with db.begin() as one, db.begin() as other:
-        assert deaths.take_back_expired(one, limit=1) == TakenBack(available=1)
+        assert deaths.take_back_expired(one, limit=1) == TakenBackCounts(available=1)
         other.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
-        assert deaths.take_back_expired(other) == TakenBack(available=1)
+        assert deaths.take_back_expired(other) == TakenBackCounts(available=1)
     assert hands.due() == list(two)
 
 
@@ -91,7 +91,7 @@ def test_an_attempt_that_lost_its_lease_does_not_renew_that_of_the_next(
     zombie, other = hands.claim(first), hands.claim(second)
     hands.rows("UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE id = :id RETURNING id", id=first)
     with db.begin() as conn:
-        assert deaths.take_back_expired(conn) == TakenBack(available=1)
+        assert deaths.take_back_expired(conn) == TakenBackCounts(available=1)
     hands.claim(first, "host:2")
     until = "SELECT lease_until FROM chunk_batches WHERE id = :id"
     before = hands.rows(until, id=first)

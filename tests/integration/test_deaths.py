@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from chunkmill.client import Client
 from chunkmill.domain.states import JobState
 from chunkmill.ledger.dead import deaths
-from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.dead.deaths import TakenBackCounts
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill.ledger.work.chunk_batches import Lease
@@ -33,7 +33,7 @@ def claim(db: sa.Engine, chunk_batch_id: int, owner: str = "host:1") -> Lease:
     return lease
 
 
-def die(db: sa.Engine, owner: str = "host:1", evidence: str = "ended by SIGSEGV") -> TakenBack:
+def die(db: sa.Engine, owner: str = "host:1", evidence: str = "ended by SIGSEGV") -> TakenBackCounts:
     with db.begin() as conn:
         return deaths.take_back_from(conn, owner, evidence=evidence)
 
@@ -63,9 +63,9 @@ def test_a_lease_that_ran_out_is_taken_back_uncharged_and_booked_as_a_death(clie
     client.enqueue(CHUNKS, collection="docs")
     claim(db, 1)
     with db.begin() as conn:
-        assert deaths.take_back_expired(conn) == TakenBack()  # it is held
+        assert deaths.take_back_expired(conn) == TakenBackCounts()  # it is held
         conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
-        assert deaths.take_back_expired(conn) == TakenBack(available=1)
+        assert deaths.take_back_expired(conn) == TakenBackCounts(available=1)
     assert rows(db, "SELECT state, attempt, max_attempts, deaths, lease_owner, rung_at FROM chunk_batches") == [
         ("available", 1, 6, 1, None, None)
     ]
@@ -78,7 +78,7 @@ def test_of_a_dead_worker_everything_is_taken_back_at_once_and_of_others_nothing
     for n in range(3):
         client.enqueue([(f"c{n}", f"text of job {n}")], collection="docs")
     claim(db, 1, "host:1"), claim(db, 2, "host:1"), claim(db, 3, "host:10")
-    assert die(db, "host:1") == TakenBack(available=2)
+    assert die(db, "host:1") == TakenBackCounts(available=2)
     assert rows(db, "SELECT state, lease_owner FROM chunk_batches ORDER BY id") == [
         ("available", None), ("available", None), ("running", "host:10"),
     ]  # fmt: skip
@@ -91,7 +91,7 @@ def test_any_number_of_spot_kills_discards_nothing(client: Client, db: sa.Engine
     job = client.enqueue([("one", "a single text")], collection="docs")
     for _ in range(3):
         claim(db, 1)
-        assert die(db) == TakenBack(available=1)
+        assert die(db) == TakenBackCounts(available=1)
     assert rows(db, "SELECT state, max_attempts - attempt FROM chunk_batches") == [("available", 5)]
     assert client.job(job.id).state is JobState.RUNNING
 
@@ -101,9 +101,9 @@ def test_after_two_deaths_it_is_cut_into_suspects_of_what_is_missing(client: Cli
     done = hashes_of(db, 1)[:4]
     write(db, done)
     claim(db, 1)
-    assert die(db) == TakenBack(available=1)
+    assert die(db) == TakenBackCounts(available=1)
     claim(db, 1)
-    assert die(db) == TakenBack(split=1)
+    assert die(db) == TakenBackCounts(split=1)
     state, kept, n, embedded, error = rows(
         db, "SELECT state, content_hashes, n_contents, n_embedded, error FROM chunk_batches WHERE id = 1"
     )[0]
@@ -128,11 +128,11 @@ def test_what_kills_alone_is_buried_with_the_evidence_and_its_neighbours_finish(
     for _ in range(2):
         claim(db, 1)
         taken = die(db)
-    assert taken == TakenBack(split=1)
+    assert taken == TakenBackCounts(split=1)
     for pid in (7, 8):
         claim(db, 3, f"host:{pid}")
         taken = die(db, f"host:{pid}", f"exit {pid}")
-    assert taken == TakenBack(buried=1)
+    assert taken == TakenBackCounts(buried=1)
     for chunk_batch_id in (2, 4):
         lease = claim(db, chunk_batch_id)
         write(db, hashes_of(db, chunk_batch_id))
@@ -148,10 +148,10 @@ def test_what_kills_alone_is_buried_with_the_evidence_and_its_neighbours_finish(
     # Tried again it stays a suspect, with two lives more.
     assert client.retry(job.id).state is JobState.RUNNING
     claim(db, 3)
-    assert die(db) == TakenBack(available=1)
+    assert die(db) == TakenBackCounts(available=1)
     lease = claim(db, 3)
     assert lease.suspect
-    assert die(db) == TakenBack(buried=1)
+    assert die(db) == TakenBackCounts(buried=1)
 
 
 def test_a_text_that_is_to_be_refused_is_refused_by_a_part_too(client: Client, db: sa.Engine) -> None:
@@ -173,9 +173,9 @@ def test_a_deleted_chunk_is_no_suspect(client: Client, db: sa.Engine) -> None:
     client.delete("docs", ["id-0"])
     for _ in range(3):
         claim(db, 1)
-        assert die(db) == TakenBack(available=1)  # a single content is left, so there is nothing to cut
+        assert die(db) == TakenBackCounts(available=1)  # a single content is left, so there is nothing to cut
     claim(db, 1)
-    assert die(db) == TakenBack(buried=1)
+    assert die(db) == TakenBackCounts(buried=1)
 
 
 def test_the_poller_takes_back_what_ran_out(client: Client, db: sa.Engine) -> None:
@@ -184,7 +184,7 @@ def test_the_poller_takes_back_what_ran_out(client: Client, db: sa.Engine) -> No
     with db.begin() as conn:
         conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
     done = Poller(db, client._broker, client._settings).round()
-    assert done.taken_back == TakenBack(available=1)
+    assert done.taken_back == TakenBackCounts(available=1)
     assert done.rung == 1
 
 
@@ -232,7 +232,7 @@ def test_a_zombie_cannot_complete_what_was_cut_up_meanwhile(client: Client, db: 
     claim(db, 1)
     die(db)
     zombie = claim(db, 1)
-    assert die(db) == TakenBack(split=1)
+    assert die(db) == TakenBackCounts(split=1)
     with db.begin() as conn:
         assert not chunk_batches.complete_if_held(conn, zombie, n_embedded=20, n_truncated=0)
 
@@ -243,7 +243,7 @@ def test_a_cancel_that_meets_a_cut_cancels_the_parts_too(client: Client, db: sa.
     die(db)
     claim(db, 1)
     with db.begin() as cutting:
-        assert deaths.take_back_from(cutting, "host:1", evidence="x") == TakenBack(split=1)
+        assert deaths.take_back_from(cutting, "host:1", evidence="x") == TakenBackCounts(split=1)
         cancel = Call(lambda: client.cancel(job.id))
         while not rows(
             db, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -295,5 +295,5 @@ def test_after_an_outage_live_workers_come_before_the_poller(
     assert rows(db, "SELECT state, deaths FROM chunk_batches") == [("running", 0)]
 
 
-def _away() -> TakenBack:
+def _away() -> TakenBackCounts:
     raise psycopg.OperationalError("the server closed the connection")

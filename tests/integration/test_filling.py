@@ -18,7 +18,7 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.states import JobState, Priority
 from chunkmill.errors import InvalidInput, SpaceMismatch
 from chunkmill.ledger.reembedding import fill
-from chunkmill.ledger.reembedding.fill import Coverage, PassedOver
+from chunkmill.ledger.reembedding.fill import Coverage, PassedOverJobs
 from chunkmill.monitor.servers import read_spaces
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, others, registry
@@ -201,7 +201,7 @@ def test_a_pass_leaves_what_an_enqueue_is_at_to_it(scene: Scene) -> None:
 def test_what_a_producer_of_the_last_release_wrote_is_found(scene: Scene) -> None:
     scene.fill_all()
     with pytest.MonkeyPatch.context() as last_release:
-        last_release.setattr("chunkmill.client.beside.Beside.needed", lambda *_: {})
+        last_release.setattr("chunkmill.client.beside.JobsBeside.needed", lambda *_: {})
         scene.client.enqueue([("a", "text a"), ("1", "text 1, replaced")], collection="docs")
     scene.hands.work()
     assert scene.coverage(scene.new).missing == 2
@@ -342,7 +342,7 @@ def test_a_cancelled_job_stops_the_filling_until_it_is_retried(scene: Scene) -> 
     assert not scene.fill()
     assert not scene.waiting_in(scene.new)
     with scene.db.begin() as conn:
-        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver()))
+        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOverJobs()))
     assert f"chunkmill retry {job}" in said
     assert f"space {scene.new.spec.fingerprint[:12]} ('{scene.new.spec.model}')" in said
     scene.client.retry(job)
@@ -359,12 +359,12 @@ def test_discarded_work_is_not_tried_for_ever(scene: Scene) -> None:
     assert not scene.fill()
     assert not scene.waiting_in(scene.new)
     with scene.db.begin() as conn:
-        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver()))
+        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOverJobs()))
     assert f"7 contents cannot be embedded into space {scene.new.spec.fingerprint[:12]} (" in said
     scene.client.retry(job)
     scene.fill_all()
     with scene.db.begin() as conn:
-        assert fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver()) is None
+        assert fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOverJobs()) is None
 
 
 def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
@@ -372,7 +372,7 @@ def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
 
     def said() -> bool:
         with scene.db.begin() as conn:
-            problem = fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOver())
+            problem = fill.why_waiting(conn, scene.settings, scene.reembedding, PassedOverJobs())
         assert problem is None or f"Nothing of job {job}" in problem
         return problem is not None
 
@@ -428,7 +428,7 @@ def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
 
 
 def test_what_a_look_found_is_said_until_the_next_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed_over, lacking = PassedOver(), {1: True, 2: False}
+    passed_over, lacking = PassedOverJobs(), {1: True, 2: False}
     monkeypatch.setattr(fill, "_is_passed_over", lambda conn, job_id: lacking[job_id])
     with scene.db.begin() as conn:
         assert [passed_over.says(conn, job) for job in (1, 2)] == [True, False]
@@ -621,7 +621,7 @@ def test_a_route_that_nobody_here_serves_is_named(client: Client, db: sa.Engine,
     reembedding = reembeddings.begin(db, "docs", reembeddings.second_space(db, "docs"), route="openai", priority="high")
     assert not fill.fill_some(db, small, reembedding)
     with db.begin() as conn:
-        assert "cannot be filled from here: " in str(fill.why_waiting(conn, small, reembedding, PassedOver()))
+        assert "cannot be filled from here: " in str(fill.why_waiting(conn, small, reembedding, PassedOverJobs()))
     client.enqueue([("b", "text b")], collection="docs")  # the producer goes on without the other space
     hands.rows("""UPDATE reembeddings SET plan = '{"route": "local", "priority": "high"}' RETURNING 1""")
     assert not fill.fill_some(db, small, reembedding)

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.provider.provider_batches import Step
-from chunkmill.ledger.provider.provider_room import Room, room
+from chunkmill.ledger.provider.provider_room import ProviderRoom, room
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider import gather
@@ -50,7 +50,7 @@ def test_of_two_gatherings_at_once_only_one_takes_the_room_that_is_left_for_one(
     """The first has seen the room and not yet taken it when the second comes."""
     looked, go_on = threading.Event(), threading.Event()
 
-    def look_slowly(conn: sa.Connection, given: Settings, space: Space) -> Room:
+    def look_slowly(conn: sa.Connection, given: Settings, space: Space) -> ProviderRoom:
         space_left = room(conn, given, space)
         if not looked.is_set():
             looked.set()

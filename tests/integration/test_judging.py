@@ -17,7 +17,7 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.gates import GateResult
 from chunkmill.domain.spaces import OnLong
 from chunkmill.ledger import judging
-from chunkmill.ledger.judging import Judgement, Stopped, judge
+from chunkmill.ledger.judging import Judgement, JudgingStopped, judge
 from chunkmill.models import DEFAULT_MODEL
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
@@ -251,7 +251,7 @@ def test_who_is_stopped_takes_the_texts_back(
 
     with db.begin() as conn:
         number = collections.find(conn, "docs").id
-    with pytest.raises(Stopped):
+    with pytest.raises(JudgingStopped):
         judge(db, vouching._settings, number, *two_spaces, Gates(), timeout=PATIENCE, is_stopping=is_asked)
     assert not is_asked()
 

@@ -18,7 +18,7 @@ from chunkmill.ledger.dead.deaths import take_back_expired
 from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.openai.http import Provider
-from chunkmill.openai.wire.answers import Longest
+from chunkmill.openai.wire.answers import LengthLimits
 from chunkmill.settings import Settings
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.provider.context import ProviderContext
@@ -255,7 +255,7 @@ def test_what_was_read_before_a_download_broke_off_is_kept(stage: Scene, server:
     lines = provider.lines
 
     @contextlib.contextmanager
-    def broken(file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+    def broken(file_id: str, longest: LengthLimits) -> Iterator[Iterator[bytes]]:
         provider.lines = lines  # type: ignore[method-assign]
         with lines(file_id, longest) as whole:
             yield cut_after_the_first(file_id, whole)

@@ -20,7 +20,7 @@ from chunkmill.client import Client as ClientClass
 from chunkmill.db.connect import create_db
 from chunkmill.domain.doorbells import DoorbellWindow
 from chunkmill.domain.states import JobState
-from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.dead.deaths import TakenBackCounts
 from chunkmill.ledger.jobs import recover
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
@@ -133,7 +133,7 @@ def test_expired_leases_are_taken_back_until_a_text_has_killed_too_often(
                     "lease_until = now() - interval '1 s'"
                 )
             )
-        assert poller.round().taken_back == (TakenBack(available=1) if death < 4 else TakenBack(buried=1))
+        assert poller.round().taken_back == (TakenBackCounts(available=1) if death < 4 else TakenBackCounts(buried=1))
     with db.begin() as conn:
         error = conn.execute(sa.text("SELECT error FROM chunk_batches")).scalar_one()
     assert error == "worker gone died with it: it was silent past its lease"
@@ -239,10 +239,10 @@ def test_a_new_poller_too_is_patient_after_a_start_of_postgres(
     client.enqueue([("a", "text")], collection="docs")
     lease_runs_out(db)
     server_started(db, "990 s")
-    assert Poller(db, broker, patient).round().taken_back == TakenBack()
+    assert Poller(db, broker, patient).round().taken_back == TakenBackCounts()
     assert state(db) == "running"
     server_started(db, "1010 s")
-    assert Poller(db, broker, patient).round().taken_back == TakenBack(available=1)
+    assert Poller(db, broker, patient).round().taken_back == TakenBackCounts(available=1)
 
 
 def never_ends(db: sa.Engine, job_id: int) -> None:
@@ -295,7 +295,7 @@ def test_a_job_that_cannot_end_in_time_stops_neither_the_others_nor_the_taking_b
     assert client.job(first.id).state is JobState.RUNNING
     with db.begin() as conn:
         conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE state = 'running'"))
-    assert poller.round().taken_back == TakenBack(available=1)
+    assert poller.round().taken_back == TakenBackCounts(available=1)
     said = [record.message for record in caplog.records if "end of job" in record.message]
     assert len(said) == 1
     assert f"the end of job {first.id}: Postgres ended it: canceling statement" in said[0]
@@ -327,7 +327,7 @@ def test_a_step_that_always_fails_stops_no_other_step_and_is_said_once(
     monkeypatch.setattr("chunkmill.ledger.jobs.cancel.cancel_some_left_behind", broken)
     client.enqueue([("a", "text")], collection="docs")
     lease_runs_out(db)
-    assert poller.round().taken_back == TakenBack(available=1)
+    assert poller.round().taken_back == TakenBackCounts(available=1)
     with db.begin() as conn:
         conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL"))
     assert poller.round().rung == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chunkmill.settings import Settings
-from chunkmill_workers.host.metadata import REQUEST_SECONDS, MetadataService, Unusable
+from chunkmill_workers.host.metadata import REQUEST_SECONDS, MetadataError, MetadataService
 from chunkmill_workers.host.preemption import MOST_BACK_OFF_SECONDS, POLL_SECONDS, Gcp, PreemptionWatcher
 from tests.support.metadata_servers import AwsServer, GcpServer, says, stub
 
@@ -24,15 +24,15 @@ class Scripted:
 
     name = "scripted"
 
-    def __init__(self, *answers: str | Unusable | None) -> None:
-        self._answers: Iterator[str | Unusable | None] = iter(answers)
+    def __init__(self, *answers: str | MetadataError | None) -> None:
+        self._answers: Iterator[str | MetadataError | None] = iter(answers)
 
     def identify(self) -> None:
         return None
 
     def look(self) -> str | None:
         answer = next(self._answers)
-        if isinstance(answer, Unusable):
+        if isinstance(answer, MetadataError):
             raise answer
         return answer
 
@@ -41,7 +41,7 @@ def test_pauses_grow_with_trouble_and_begin_anew_after_a_good_answer(monkeypatch
     watcher = watcher_of("http://127.0.0.1:1", "gcp")
     pauses: list[float] = []
     monkeypatch.setattr(watcher._service, "pause", pauses.append)
-    bad = Unusable("answered 503")
+    bad = MetadataError("answered 503")
 
     assert watcher._await_notice(Scripted(bad, bad, bad, bad, None, bad, None, "taken")) == "taken"
 
@@ -55,7 +55,7 @@ def test_gcp_is_looked_at_without_waiting_after_trouble() -> None:
         gcp = Gcp(MetadataService(server.url))
         assert gcp.look() is None
         server.misbehave(says(503))
-        with pytest.raises(Unusable):
+        with pytest.raises(MetadataError):
             gcp.look()
         server.misbehave(None)
         server.preempt()

@@ -12,7 +12,7 @@ from chunkmill.domain.states import Route
 from chunkmill.ledger.provider import provider_inputs
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
-from chunkmill.openai.plan.inputs import ProviderInput, Window
+from chunkmill.openai.plan.inputs import ProviderInput, TextWindow
 from chunkmill.openai.wire.answers import SentRequest
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -58,7 +58,7 @@ def claim(conn: sa.Connection, chunk_batch: int, owner: str) -> Lease:
 
 
 def inputs(*hashes: bytes) -> list[ProviderInput]:
-    return [ProviderInput(content_hash, (Window("text", 10),), 10) for content_hash in hashes]
+    return [ProviderInput(content_hash, (TextWindow("text", 10),), 10) for content_hash in hashes]
 
 
 # Accounted for

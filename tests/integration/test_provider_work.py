@@ -154,7 +154,7 @@ def test_what_waits_for_a_provider_batch_is_found_job_by_job(
             ]
 
         assert taken() == [[high], [low]]
-        provider_work.cut(conn, waiting(conn, high), 1)
+        provider_work.split(conn, waiting(conn, high), 1)
         rest = one_of(conn, "SELECT max(id) FROM chunk_batches")
         assert taken() == [[high, rest], [low]]
         parts = [waiting(conn, chunk_batch).hashes for chunk_batch in (high, rest)]

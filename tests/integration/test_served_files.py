@@ -320,6 +320,8 @@ def test_prune_deletes_old_files_and_batches_with_their_texts_and_leaves_what_is
         assert amounts.amounts["served_files"].bytes > 0
     assert texts(db) == {"new", "running"}
     assert [batch.id for batch in api.batches.list()] == [running.id, new.id]
+    files = {name for (name,) in rows(db, "SELECT name FROM served_files")}
+    assert files == {running.input_file_id, new.output_file_id, new.error_file_id}
     assert api.files.content(new.output_file_id).content
     worker.may.set()
     assert ended(api, running.id).status == "completed"

@@ -44,14 +44,14 @@ def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
             inside.set()
             assert go_on.wait(PATIENCE)
         elif texts == ["text of job 1"]:
-            seen["beside the suspect"] = context.room.inside - 1
+            seen["beside the suspect"] = context.workroom.inside - 1
         yield from real_stream(self, texts, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "stream", slow)
     with running(lambda: run_chunk_batch(context, 1), release=go_on.set) as (first,):
         assert inside.wait(PATIENCE)
         with running(lambda: run_chunk_batch(context, 2), release=go_on.set) as (second,):
-            until(lambda: context.room.has_suspect or not second.is_alive())
+            until(lambda: context.workroom.has_suspect or not second.is_alive())
             assert states(db) == [(1, "running"), (2, "available")]
     assert (first.result(), second.result()) == (TaskResult.COMPLETED, TaskResult.COMPLETED)
     assert seen == {"beside the suspect": 0}
@@ -67,7 +67,7 @@ def test_a_suspect_that_meets_another_is_kept_from_coming_back_at_once(
     real = pipeline._claim
 
     def claim(*args: Any) -> Lease | None:
-        context.room._suspect = True  # the other had entered before, too
+        context.workroom._suspect = True  # the other had entered before, too
         return real(*args)
 
     monkeypatch.setattr(pipeline, "_claim", claim)

@@ -24,7 +24,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import tracing
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Lane, LaneRequest
+from chunkmill_workers.local.embedder import AwaitedRequest, RequestEmbedder
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.local.sockets import WorkerSocketServer
 from tests.integration.hands import Hands
@@ -76,7 +76,7 @@ def responder(context: WorkerContext, space: Space) -> Iterator[EmbedResponder]:
     """It embeds in the thread of the test, when the test says so."""
     made = EmbedResponder(context)
     yield made
-    made.lane.close()
+    made.embedder.close()
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def listening(
     """The worker's socket, which announces itself when a test says so."""
     monkeypatch.setattr(WorkerSocketServer, "_announce_often", lambda _: None)
     (tmp_path / "s").mkdir(mode=0o700)
-    server = WorkerSocketServer(context, responder.lane, f"unix:{tmp_path}/s")
+    server = WorkerSocketServer(context, responder.embedder, f"unix:{tmp_path}/s")
     server.start()
     server.announce()
     yield server
@@ -115,8 +115,8 @@ def test_each_caller_finds_its_own_request_in_its_trace_and_the_shared_pass_is_l
         until(lambda: value(hands, "SELECT count(*) FROM embed_requests") == 3)
         assert responder.answer_next()
     else:
-        until(lambda: responder.lane.n_open == 3)
-        responder.lane.settle()
+        until(lambda: responder.embedder.n_open == 3)
+        responder.embedder.settle()
         assert value(hands, "SELECT is_called FROM embed_requests_id_seq") is False
     assert [len(call.result()) for call in calls] == [1, 2, 1]
 
@@ -157,7 +157,7 @@ def test_a_pass_for_one_caller_is_part_of_its_trace(client: Client, spans: Spans
 def test_a_text_that_fails_marks_the_span_of_its_request_alone(
     client: Client, spans: Spans, responder: EmbedResponder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Lane, "_stream", lambda *_: (_ for _ in ()).throw(ValueError(SECRET)))
+    monkeypatch.setattr(RequestEmbedder, "_stream", lambda *_: (_ for _ in ()).throw(ValueError(SECRET)))
     call = Call(lambda: traced("caller", lambda: client.embed(["a text"], kind="query", timeout=LONG)))
     until(responder.answer_next)
     with pytest.raises(EngineError, match="could not embed"):
@@ -250,9 +250,9 @@ def test_a_caller_whose_trace_is_not_kept_gets_no_spans_of_the_worker(
     for flags in ("00", "01"):
         parent = f"00-{'a' * 32}-{'b' * 16}-{flags}"
         on_error = answers.append
-        asked = LaneRequest(space, "query", ["a text"], answers.append, on_error, traceparent=parent)
-        responder.lane.submit(asked)
-        responder.lane.settle()
+        asked = AwaitedRequest(space, "query", ["a text"], answers.append, on_error, traceparent=parent)
+        responder.embedder.submit(asked)
+        responder.embedder.settle()
     assert len(answers) == 2
     assert len(spans()) == 2
 
@@ -277,8 +277,8 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def embed_through(client: Client, responder: EmbedResponder, text: str = "a text") -> None:
     call = Call(lambda: traced("caller", lambda: client.embed([text], kind="query", timeout=LONG)))
-    until(lambda: responder.lane.n_open == 1)
-    responder.lane.settle()
+    until(lambda: responder.embedder.n_open == 1)
+    responder.embedder.settle()
     assert call.result().shape == (1, 384)
 
 
@@ -329,8 +329,8 @@ def test_without_traces_no_statement_and_no_frame_is_another_than_before(
         sa.event.listen(db, "before_cursor_execute", lambda _c, _u, statement, *_: statements.append(statement))
     connect(client, "test-worker")
     call = Call(lambda: client.embed(["a text"], kind="query", timeout=LONG))
-    until(lambda: responder.lane.n_open == 1)
-    responder.lane.settle()
+    until(lambda: responder.embedder.n_open == 1)
+    responder.embedder.settle()
     call.result()
     listening.stop()
     until(lambda: not sockets_of(client._db).ready)
@@ -351,7 +351,7 @@ def test_on_the_schema_of_the_last_release_traced_calls_are_answered_as_before(
     call = Call(lambda: traced("caller", lambda: client.embed(["a text"], kind="query", timeout=LONG)))
     until(responder.answer_next)
     call.result()
-    server = WorkerSocketServer(responder._context, responder.lane, f"unix:{tmp_path}/s")
+    server = WorkerSocketServer(responder._context, responder.embedder, f"unix:{tmp_path}/s")
     server.start()
     try:
         server.announce()

@@ -31,7 +31,7 @@ from chunkmill.monitor import hindrance, reports
 from chunkmill.monitor.reports import Kind, Report
 from chunkmill.settings import Settings
 from chunkmill_workers.process.lease import owner_name
-from chunkmill_workers.supervisor.supervisor import TakeBack
+from chunkmill_workers.supervisor.supervisor import LeaseRecovery
 from tests.integration.hands import Hands
 from tests.support.waiting import PATIENCE, Call, until
 
@@ -122,7 +122,7 @@ def test_a_worker_that_is_being_started_is_not_missed(
     jobs: tuple[Job, Job], client: Client, settings: Settings, db: sa.Engine
 ) -> None:
     engine = create_db(settings.require_database_url(), role="supervisor", pool_size=1)
-    supervisor = TakeBack(engine)
+    supervisor = LeaseRecovery(engine)
     until(lambda: "A worker is starting" in timed_out(client, jobs[0]), lambda: timed_out(client, jobs[0]))
     assert "No worker is connected" not in timed_out(client, jobs[0])
     # It forgets a worker that it sees die, instead of showing it as silent.

@@ -209,7 +209,7 @@ def test_doorbells_that_wait_for_a_busy_worker_are_no_evidence(
     rung: Watchdog, context: WorkerContext, clock: SimpleNamespace
 ) -> None:
     """Nor is the time for which it was busy, once it is idle again."""
-    with context.room.entered():
+    with context.workroom.entered():
         clock.ahead += 2 * STALL
         assert rung.look() is None
     clock.ahead += STALL - 1

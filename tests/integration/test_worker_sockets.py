@@ -34,7 +34,7 @@ from chunkmill.monitor import worker_sockets
 from chunkmill.settings import Settings
 from chunkmill_workers.local import sockets as server_module
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import LaneRequest, WorkerLeaves
+from chunkmill_workers.local.embedder import AwaitedRequest, WorkerLeaves
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.local.sockets import WorkerSocketServer
 from tests.conftest import fresh_settings
@@ -47,7 +47,7 @@ LONG = 3 * PATIENCE
 
 
 class Worker:
-    """A worker's socket with a stand-in for its lane: it answers at once, or when it is ``released``."""
+    """A worker's socket with a stand-in for its embedder: it answers at once, or when it is ``released``."""
 
     def __init__(self, db: sa.Engine, name: str, where: str, *, holds: bool = False) -> None:
         self.db, self.name = db, name
@@ -57,19 +57,19 @@ class Worker:
         self.n_open = 0
         self.holds = holds
         self.is_loaded = True
-        self.asked: list[LaneRequest] = []
+        self.asked: list[AwaitedRequest] = []
         self.server = WorkerSocketServer(self, self, where)  # type: ignore[arg-type]
 
     def ready_engine(self, _: object, *, use: bool = True) -> object:
         return self if self.is_loaded else None
 
-    def submit(self, asked: LaneRequest) -> None:
+    def submit(self, asked: AwaitedRequest) -> None:
         self.asked.append(asked)
         if not self.holds:
             self.answer(asked)
 
     @staticmethod
-    def answer(asked: LaneRequest) -> None:
+    def answer(asked: AwaitedRequest) -> None:
         """A text has as many tokens as characters."""
         tokens = np.array([len(text) for text in asked.texts], np.int32)
         asked.on_answer(EmbeddedTexts(np.stack([vector_of(text) for text in asked.texts]), tokens, tokens > 8))
@@ -606,7 +606,7 @@ def test_a_worker_announces_only_what_it_answers_at_once_and_the_vectors_are_tho
     cut, split = (here._space(None, on_long) for on_long in (OnLong.TRUNCATE, OnLong.SPLIT))
     engine = context.engine_for(cut)
     responder = EmbedResponder(context)
-    server = WorkerSocketServer(context, responder.lane, folder)
+    server = WorkerSocketServer(context, responder.embedder, folder)
     responder.start()
     server.start()
     try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from chunkmill.client.steps import Signal, Steps, Wait, run_steps
+from chunkmill.client.steps import Signal, Steps, WaitStep, run_steps
 from chunkmill.domain.chunks import Chunk, prepare
 from chunkmill.domain.results import Job
 from chunkmill.errors import ChunkmillError, ClientClosed, InvalidChunk, WaitTimeout
@@ -151,7 +151,7 @@ class Batcher:
             left = deadline - time.monotonic()
             if left <= 0:
                 self._give_up("there was no room for another chunk")
-            yield Wait(signal, left)
+            yield WaitStep(signal, left)
 
     def _read(self, chunk: object, text: str | None, metadata: Mapping[str, Any] | None) -> tuple[object, int]:
         """A copy of the chunk that nobody else changes, and its size in bytes. Raises :class:`InvalidChunk`."""
@@ -202,7 +202,7 @@ class Batcher:
             left = deadline - time.monotonic()
             if left <= 0:
                 self._give_up("not all chunks were enqueued")
-            yield Wait(signal, left)
+            yield WaitStep(signal, left)
 
     def _close_steps(self) -> Steps[None]:
         with self._changed:

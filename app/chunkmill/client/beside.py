@@ -23,7 +23,7 @@ Contents = dict[int, dict[bytes, bytes]]
 """Space → content hash → UTF-8 text of what is to be embedded into it beside the producer's job."""
 
 
-class Beside:
+class JobsBeside:
     """The jobs beside one producer's job: one for each other space that a window had something for.
 
     A window may be rolled back and written again, so that what it opened counts only after :meth:`committed`.
@@ -84,7 +84,9 @@ class Beside:
             shared = chunk_batches.SharedFields(
                 job.id, space_id, job.lane, self._priority.rank, self._settings.max_attempts
             )
-            chunk_batches.add(self._conn, shared, planning.cut(missing, self._settings.chunk_batch_size, max_bytes))
+            chunk_batches.add(
+                self._conn, shared, planning.into_chunk_batches(missing, self._settings.chunk_batch_size, max_bytes)
+            )
 
     def committed(self) -> None:
         """Note that the window was committed, with what was opened in it."""

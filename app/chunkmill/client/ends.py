@@ -24,7 +24,7 @@ import psycopg
 import sqlalchemy as sa
 
 from chunkmill.client.door import door
-from chunkmill.client.steps import Signal, Wait
+from chunkmill.client.steps import Signal, WaitStep
 from chunkmill.db.connect import address_of, open_alone
 from chunkmill.domain.reasons import reason_of
 from chunkmill.domain.results import Job
@@ -61,12 +61,12 @@ class Watch:
         if self.signal.is_given:
             self.signal = Signal()
 
-    def wait(self, pause: float) -> Wait:
+    def wait(self, pause: float) -> WaitStep:
         """The wait until a job ends. It lasts ``pause`` seconds if ends are not heard of."""
         if not self._ends.are_heard:
-            return Wait(self.signal, pause)
+            return WaitStep(self.signal, pause)
         rest, self._rest = self._rest, min(LONGEST_REST_S, 2 * self._rest)
-        return Wait(self.signal, max(pause, rest))
+        return WaitStep(self.signal, max(pause, rest))
 
 
 class JobWatch:
@@ -94,7 +94,7 @@ class JobWatch:
         if self._watch is not None:
             self._watch.look()
 
-    def wait(self, pause: float, deadline: float | None, *, is_watched: bool) -> Wait:
+    def wait(self, pause: float, deadline: float | None, *, is_watched: bool) -> WaitStep:
         """The wait until the next look, no longer than the deadline. It lasts ``pause`` seconds if nobody tells of the
         end, or if somebody watches how the job gets on.
         """
@@ -102,10 +102,14 @@ class JobWatch:
             ends = ends_of(self._db)
             self._watch = Watch(ends, [self._job_id])
             ends.add(self._db, self._watch)
-            wait = Wait(self._watch.signal, pause)
+            wait = WaitStep(self._watch.signal, pause)
         else:
-            wait = Wait(self._watch.signal, pause) if is_watched else self._watch.wait(pause)
-        return wait if deadline is None else Wait(wait.signal, min(wait.seconds, max(0.0, deadline - time.monotonic())))
+            wait = WaitStep(self._watch.signal, pause) if is_watched else self._watch.wait(pause)
+        return (
+            wait
+            if deadline is None
+            else WaitStep(wait.signal, min(wait.seconds, max(0.0, deadline - time.monotonic())))
+        )
 
 
 class Ends:

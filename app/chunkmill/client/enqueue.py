@@ -14,7 +14,7 @@ from functools import partial
 import sqlalchemy as sa
 
 from chunkmill.client import replacing
-from chunkmill.client.beside import Beside
+from chunkmill.client.beside import JobsBeside
 from chunkmill.client.finish import end_or_leave
 from chunkmill.client.replacing import Replacement
 from chunkmill.client.spool import Spool
@@ -117,7 +117,7 @@ def enqueue(
             conn = stack.enter_context(db.connect())
         collection, job, space = _open(conn, settings, request, usd)
         if collection is not None:
-            beside = Beside(conn, settings, collection, space, request.priority, job.id)
+            beside = JobsBeside(conn, settings, collection, space, request.priority, job.id)
             try:
                 _Producer(conn, settings, request, space, collection, job, beside, ring, replacement).fill(prepared)
             finally:
@@ -325,7 +325,7 @@ class _Producer:
     space: Space
     collection: Collection
     job: jobs.OpenedJob
-    beside: Beside
+    beside: JobsBeside
     ring: Callable[[sa.Connection], None]
     replacement: Replacement | None
 
@@ -411,7 +411,9 @@ class _Producer:
         )
         if self.space.id in lives.ids:  # else nobody would find the vectors
             chunk_batches.add(
-                conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, planning.MAX_BATCH_BYTES)
+                conn,
+                shared,
+                planning.into_chunk_batches(plan.missing, self.settings.chunk_batch_size, planning.MAX_BATCH_BYTES),
             )
         self.beside.write(lives, needed, max_bytes=planning.MAX_BATCH_BYTES)
         chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))

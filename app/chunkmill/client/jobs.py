@@ -17,7 +17,7 @@ from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, JobWatch
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.client.outbox import enqueue_within, open_if_undelivered
 from chunkmill.client.paying import quote_of
-from chunkmill.client.steps import Pause, Steps, TellStep, run_steps
+from chunkmill.client.steps import PauseStep, Steps, TellStep, run_steps
 from chunkmill.client.stopping import stoppable
 from chunkmill.client.transactions import as_transaction
 from chunkmill.db.retry import transact
@@ -337,7 +337,7 @@ class Jobs(ClientPart):
                     is_said = True
                     yield TellStep(say, f"{away} The job goes on when Postgres is back, and so does this wait.")
                 left = RECONNECT_SECONDS if deadline is None else deadline - now
-                yield Pause(min(RECONNECT_SECONDS, left))
+                yield PauseStep(min(RECONNECT_SECONDS, left))
 
     def end_of(self, job_id: int) -> Future[Job]:
         """A future of the job's end, for a program that does not wait: ``end_of(id).add_done_callback(function)``.

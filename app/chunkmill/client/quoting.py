@@ -136,31 +136,40 @@ def _count(conn: sa.Connection, collection_id: int, space: registry.Space | None
 
 def _sample(db: sa.Engine, collection_id: int, space: registry.Space | None) -> Iterator[Sequence[tuple[bytes, str]]]:
     """``(hash, text)`` of the first contents by their hash that have to be embedded. A hash is as good as chance."""
-    has_none = "NOT EXISTS (SELECT FROM {table} v WHERE v.content_hash = c.content_hash)"
-    query = f"""
+    query = """
         SELECT c.content_hash, t.text
         FROM (
             SELECT DISTINCT c.content_hash
             FROM chunks c
             WHERE c.collection_id = :collection AND c.content_hash > :after
-              AND {"true" if space is None else has_none.format(table=space.table_name)}
-              AND NOT EXISTS (
-                  SELECT FROM provider_inputs i WHERE i.space_id = :space AND i.content_hash = c.content_hash)
             ORDER BY c.content_hash
             LIMIT :page
         ) c
         JOIN contents t ON t.content_hash = c.content_hash
         ORDER BY c.content_hash
     """
+    if space is not None:
+        query = f"""
+            SELECT c.content_hash, t.text
+            FROM (
+                SELECT DISTINCT c.content_hash
+                FROM chunks c
+                WHERE c.collection_id = :collection AND c.content_hash > :after
+                  AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)
+                  AND NOT EXISTS (
+                      SELECT FROM provider_inputs i WHERE i.space_id = :space AND i.content_hash = c.content_hash)
+                ORDER BY c.content_hash
+                LIMIT :page
+            ) c
+            JOIN contents t ON t.content_hash = c.content_hash
+            ORDER BY c.content_hash
+        """
     after = b""
     for _ in itertools.repeat(None, SAMPLE // PAGE):
         with db.begin() as conn:
-            parameters = {
-                "collection": collection_id,
-                "after": after,
-                "page": PAGE,
-                "space": 0 if space is None else space.id,
-            }
+            parameters = {"collection": collection_id, "after": after, "page": PAGE}
+            if space is not None:
+                parameters["space"] = space.id
             rows = conn.execute(sa.text(query), parameters).all()
         if not rows:
             return

@@ -44,7 +44,7 @@ class Searches(ClientPart):
             raise NotFound(f"the collection of this search has no chunk {chunk_id[:200]!r} any more.")
         return is_new
 
-    def search_counts(self, collection: str, *, hours: float = 24.0) -> Rows[SearchCounts]:
+    def search_counts(self, collection: str, *, hours: float = 24.0) -> list[SearchCounts]:
         """How the searches of the last ``hours`` went in each space of a collection, the active one first.
 
         Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts

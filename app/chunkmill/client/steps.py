@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class PauseStep:
     """Go on after so many seconds."""
 
     seconds: float
@@ -58,7 +58,7 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitStep:
     """Go on when the signal is given, or after so many seconds."""
 
     signal: Signal
@@ -66,7 +66,7 @@ class Wait:
 
 
 @dataclass(slots=True)
-class Work:
+class WorkStep:
     """Call a function that may block, as on Postgres. ``result`` is what it returned.
 
     Without ``is_awaited`` the steps may go on before it has been called, and what it raises is lost.
@@ -85,11 +85,11 @@ class TellStep:
     argument: object
 
 
-Step = Pause | Wait | TellStep | Work
+Step = PauseStep | WaitStep | TellStep | WorkStep
 Steps = Generator[Step, None, Result]
 """No transaction is open between two steps, so they may run in different threads, one after the other. A generator that
 is closed, or that an exception is thrown into, takes back what it asked for. Between its steps it may block, unless its
-function says that it blocks in :class:`Work` alone; closing it may always block."""
+function says that it blocks in :class:`WorkStep` alone; closing it may always block."""
 
 
 def run_steps(steps: Steps[Result]) -> Result:
@@ -109,11 +109,11 @@ def run_steps(steps: Steps[Result]) -> Result:
 
 
 def perform(step: Step) -> None:
-    if isinstance(step, Pause):
+    if isinstance(step, PauseStep):
         time.sleep(step.seconds)
-    elif isinstance(step, Wait):
+    elif isinstance(step, WaitStep):
         step.signal.wait(step.seconds)
-    elif isinstance(step, Work):
+    elif isinstance(step, WorkStep):
         step.result = step.function()
     else:
         step.function(step.argument)

@@ -23,7 +23,7 @@ from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.asking.sockets import sockets_of
 from chunkmill.client.base import ClientPart, forget_space, known_spaces, store_errors
 from chunkmill.client.counting import counting_of
-from chunkmill.client.steps import Steps, Work, run_steps
+from chunkmill.client.steps import Steps, WorkStep, run_steps
 from chunkmill.domain.arguments import (
     as_fallback,
     as_flag,
@@ -528,7 +528,7 @@ class Vectors(ClientPart):
         caller: str,
         lookups: Lookups | None,
     ) -> Steps[EmbeddedTexts]:
-        """``embed_texts`` with ``blank`` in the space of ``spec``. The steps block in :class:`Work` alone."""
+        """``embed_texts`` with ``blank`` in the space of ``spec``. The steps block in :class:`WorkStep` alone."""
         for i, text in enumerate(texts):
             if text and not text.isspace():
                 prepare((f"texts[{i}]", text), i)
@@ -541,7 +541,7 @@ class Vectors(ClientPart):
             return space
 
         if (space := known_spaces(self._db).get(spec)) is None:
-            registering = Work(register)
+            registering = WorkStep(register)
             yield registering
             space = registering.result
         embedded = yield from self._asking_all(space, texts, kind, timeout, caller, register=register, lookups=lookups)
@@ -668,7 +668,7 @@ class Vectors(ClientPart):
                     raise StoreUnavailable(
                         "the space was dropped while this call used it. The same call may be made again."
                     ) from None
-                registering = Work(register)
+                registering = WorkStep(register)
                 yield registering
                 space = registering.result
         if is_cached:

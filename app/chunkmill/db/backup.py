@@ -334,7 +334,7 @@ def restore(target: Target, archive: Archive, programs: Programs, put_in_order: 
             _pour(source, psql, _AFTER + put_in_order, progress, old_server=target.server < 17)
 
 
-def _pour(source: _Running, psql: _Running, after: str, progress: Progress, *, old_server: bool) -> None:
+def _pour(source: _RunningProgram, psql: _RunningProgram, after: str, progress: Progress, *, old_server: bool) -> None:
     """Send everything to ``psql``. It gets its COMMIT only after ``pg_restore`` has read the archive to its end."""
     script, into = source.stdout, psql.stdin
     n_bytes = 0
@@ -371,7 +371,7 @@ def _pour(source: _Running, psql: _Running, after: str, progress: Progress, *, o
         raise StoreUnavailable(f"nothing was restored, because Postgres refused: {psql.last_words}")
 
 
-class _Running:
+class _RunningProgram:
     """A program that runs, what it said last, and what it is doing."""
 
     def __init__(self, process: subprocess.Popen[bytes], program: str) -> None:
@@ -432,7 +432,7 @@ class _Running:
 @contextlib.contextmanager
 def _started(
     command: list[str], url: str, *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
-) -> Iterator[_Running]:
+) -> Iterator[_RunningProgram]:
     # The password is in the environment, because every user of a machine can read the arguments of its processes.
     password = _options(url).get("password")
     secret = {"PGPASSWORD": str(password)} if password is not None else {}
@@ -442,7 +442,7 @@ def _started(
         )
     except OSError as error:
         raise StoreUnavailable(f"{command[0]} could not be run: {error}.") from error
-    running = _Running(process, command[0])
+    running = _RunningProgram(process, command[0])
     try:
         yield running
     finally:

@@ -36,6 +36,7 @@ class Budget(PrintedResult):
 
     @property
     def is_used_up(self) -> bool:
+        """Whether nothing is left for new work. False if there is no limit."""
         return self.headroom == 0
 
     def exceeds(self, usd: Decimal = Decimal(0)) -> bool:

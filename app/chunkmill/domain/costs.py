@@ -61,14 +61,17 @@ class Estimate(PrintedResult):
 
     @property
     def chosen(self) -> LaneEstimate:
+        """The estimate for ``route``."""
         return next(lane for lane in self.lanes if lane.route is self.route)
 
     @property
     def tokens(self) -> int | None:
+        """The tokens on the chosen route; None if they are not known."""
         return self.chosen.tokens
 
     @property
     def usd(self) -> Decimal | None:
+        """The US dollars on the chosen route; None if the price is not known."""
         return self.chosen.usd
 
 

@@ -82,7 +82,7 @@ class _Term:
 
 
 @dataclass(frozen=True, slots=True)
-class _Contains(_Term):
+class _Containment(_Term):
     value: str
     """JSON of an object."""
 
@@ -91,7 +91,7 @@ class _Contains(_Term):
 
 
 @dataclass(frozen=True, slots=True)
-class _IsOneOf(_Term):
+class _Membership(_Term):
     path: tuple[str, ...]
     values: tuple[Any, ...]
 
@@ -109,7 +109,7 @@ class _IsOneOf(_Term):
 
 
 @dataclass(frozen=True, slots=True)
-class _Compares(_Term):
+class _Comparison(_Term):
     path: tuple[str, ...]
     operator: str
     """``>``, ``>=``, ``<`` or ``<=``."""
@@ -126,7 +126,7 @@ class _Compares(_Term):
 
 
 @dataclass(frozen=True, slots=True)
-class _Exists(_Term):
+class _Existence(_Term):
     path: tuple[str, ...]
 
     def sql(self, column: str, parameters: _Parameters) -> str:
@@ -134,7 +134,7 @@ class _Exists(_Term):
 
 
 @dataclass(frozen=True, slots=True)
-class _Not(_Term):
+class _Negation(_Term):
     term: _Term
 
     def sql(self, column: str, parameters: _Parameters) -> str:
@@ -243,7 +243,7 @@ class _Parser:
                 fields[key] = value
         contained, compared = self._fields(fields, (), where)
         if contained:
-            terms.insert(0, self._counted(_Contains(_json(contained)), where))
+            terms.insert(0, self._counted(_Containment(_json(contained)), where))
         terms += compared
         return terms[0] if len(terms) == 1 else _All(tuple(terms))
 
@@ -251,7 +251,7 @@ class _Parser:
         if operator == "$not":
             if not isinstance(value, dict):
                 raise self._refusal(where, f"it is {_kind(value)}", "give a filter, which is an object.")
-            return self._counted(_Not(self.filter(value, where)), where)
+            return self._counted(_Negation(self.filter(value, where)), where)
         if not isinstance(value, list) or not value:
             raise self._refusal(where, f"it is {_kind(value)}", "give a list with one filter or more.")
         terms = []
@@ -292,24 +292,24 @@ class _Parser:
 
     def _on_field(self, operator: str, operand: Any, path: tuple[str, ...], where: tuple[str | int, ...]) -> _Term:
         if operator in ("$eq", "$ne"):
-            equal = _IsOneOf(path, (operand,))
-            return equal if operator == "$eq" else _Not(equal)
+            equal = _Membership(path, (operand,))
+            return equal if operator == "$eq" else _Negation(equal)
         if operator in ("$in", "$nin"):
             if not isinstance(operand, list):
                 raise self._refusal(where, f"it is {_kind(operand)}", "give a list of values.")
             self._values += len(operand)
             if self._values > MAX_VALUES:
                 raise self._refusal(where, f"the lists have more than {MAX_VALUES:,} values in all", "give fewer.")
-            one_of = _IsOneOf(path, tuple(operand))
-            return one_of if operator == "$in" else _Not(one_of)
+            one_of = _Membership(path, tuple(operand))
+            return one_of if operator == "$in" else _Negation(one_of)
         if operator == "$exists":
             if not isinstance(operand, bool):
                 raise self._refusal(where, f"it is {_kind(operand)}", "give true or false.")
-            return _Exists(path) if operand else _Not(_Exists(path))
+            return _Existence(path) if operand else _Negation(_Existence(path))
         if operator in _COMPARISONS:
             if isinstance(operand, bool) or not isinstance(operand, int | float | str):
                 raise self._refusal(where, f"it is {_kind(operand)}", "give a number or a string.")
-            return _Compares(path, _COMPARISONS[operator], operand)
+            return _Comparison(path, _COMPARISONS[operator], operand)
         raise self._refusal(where, *self._no_operator_here(operator, path))
 
     def _no_operator_here(self, key: str, path: tuple[str, ...]) -> tuple[str, str]:

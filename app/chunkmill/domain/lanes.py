@@ -55,6 +55,7 @@ class Lane(PrintedResult):
 
     @property
     def is_stopped(self) -> bool:
+        """Whether the lane sends nothing until somebody resumes it."""
         return self.stopped_at is not None
 
     @property

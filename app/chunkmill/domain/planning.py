@@ -100,7 +100,7 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """The most text of one ChunkBatch. It bounds a worker's memory when chunks are large."""
 
 
-def cut(missing: Mapping[bytes, Sized], max_contents: int, max_bytes: int) -> list[list[bytes]]:
+def into_chunk_batches(missing: Mapping[bytes, Sized], max_contents: int, max_bytes: int) -> list[list[bytes]]:
     """The content hashes of each ChunkBatch: at most ``max_contents`` hashes with ``max_bytes`` of text. Order is kept.
 
     ``missing`` has for each hash its text, or anything of the same length. A text over ``max_bytes`` gets a ChunkBatch

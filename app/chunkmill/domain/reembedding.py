@@ -54,6 +54,7 @@ class ReembeddingState(StrEnum):
 
     @property
     def is_end(self) -> bool:
+        """Whether the re-embedding is over: finished, cancelled or rolled back."""
         return self in (ReembeddingState.FINISHED, ReembeddingState.CANCELLED, ReembeddingState.ROLLED_BACK)
 
     @property
@@ -196,6 +197,7 @@ class ServedBy(PrintedResult):
 
     @property
     def error_share(self) -> float:
+        """The share of the searches that failed, from 0 to 1; 0 if there were none."""
         return self.errors / self.searches if self.searches else 0.0
 
 
@@ -294,14 +296,17 @@ class Quote(PrintedResult):
 
     @property
     def chosen(self) -> LaneEstimate:
+        """The estimate for ``route``."""
         return next(lane for lane in self.lanes if lane.route is self.route)
 
     @property
     def tokens(self) -> int | None:
+        """The tokens on the chosen route; None if they are not known."""
         return self.chosen.tokens
 
     @property
     def usd(self) -> Decimal | None:
+        """The US dollars on the chosen route; None if the price is not known."""
         return self.chosen.usd
 
     @property

@@ -55,7 +55,7 @@ KINDS: Final[Mapping[str, Kind]] = {
 """What peers call the two kinds of text. Cohere's other two are about texts alone, without a query."""
 
 
-class CutSide(Enum):
+class TruncationSide(Enum):
     """What to do with a text that has more tokens than the model reads."""
 
     END = "its end"
@@ -66,12 +66,12 @@ class CutSide(Enum):
     """Refuse it, because only ends are cut here."""
 
 
-CUTS: Final[Mapping[str, CutSide]] = {
-    "end": CutSide.END,
-    "right": CutSide.END,
-    "none": CutSide.NOTHING,
-    "start": CutSide.START,
-    "left": CutSide.START,
+TRUNCATION_SIDES: Final[Mapping[str, TruncationSide]] = {
+    "end": TruncationSide.END,
+    "right": TruncationSide.END,
+    "none": TruncationSide.NOTHING,
+    "start": TruncationSide.START,
+    "left": TruncationSide.START,
 }
 
 
@@ -85,7 +85,7 @@ class EmbeddingCall:
     """None for the default model."""
     kind: Kind = "document"
     dimensions: int | None = None
-    cut: CutSide = CutSide.END
+    truncation: TruncationSide = TruncationSide.END
     to_unit_length: bool = False
     """Bring the vectors to length 1 also if the model does not."""
     seconds: float | None = None
@@ -159,7 +159,7 @@ async def embed(gateway: Gateway, caller: Caller, asked: EmbeddingCall) -> Embed
     except WaitTimeout:
         raise await _late(gateway, model, seconds) from None
     truncated = np.flatnonzero(embedded.truncated).tolist()
-    if truncated and asked.cut is not CutSide.END:
+    if truncated and asked.truncation is not TruncationSide.END:
         raise _too_long(asked, model, truncated)
     spec = embedded.spec or model.spec
     vectors = embedded.vectors
@@ -193,7 +193,11 @@ def _require_words(asked: EmbeddingCall) -> None:
 def _too_long(asked: EmbeddingCall, model: ServedModel, truncated: list[int]) -> Refusal:
     shown = ", ".join(f"{asked.param}[{i}]" for i in truncated[:10])
     more = f" and {len(truncated) - 10:,} more" if len(truncated) > 10 else ""
-    how = "texts are cut at their ends only" if asked.cut is CutSide.START else "the request says not to cut texts"
+    how = (
+        "texts are cut at their ends only"
+        if asked.truncation is TruncationSide.START
+        else "the request says not to cut texts"
+    )
     return Refusal(
         400,
         "invalid_input",

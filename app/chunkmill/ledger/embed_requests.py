@@ -18,6 +18,7 @@ import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.reasons import storable
 from chunkmill.telemetry import tracing
 
@@ -113,7 +114,7 @@ WITH waiting AS MATERIALIZED (
       AND (c.urgency = 0 OR CAST(:synchronous AS boolean) AND caller <> ALL(CAST(:not_callers AS text[])))
       AND space_id <> ALL(CAST(:not_spaces AS int[]))
       AND CASE WHEN CAST(:spaces AS int[]) IS NULL
-               THEN space_id NOT IN (SELECT s.id FROM spaces s WHERE s.spec ->> 'provider' = 'openai')
+               THEN space_id NOT IN (SELECT s.id FROM spaces s WHERE s.spec ->> 'provider' = :openai)
                ELSE space_id = ANY(CAST(:spaces AS int[])) END
       AND created_at <= clock_timestamp() - make_interval(secs => :age)
 ), locked AS MATERIALIZED (
@@ -139,6 +140,8 @@ WHERE r.id = c.id
 RETURNING r.id, space_id, kind, r.texts, lease_until, attempts, c.urgency, caller,
     CAST(extract(epoch FROM deadline - clock_timestamp()) AS float) AS seconds_left, c.place, c.found
 """
+"""All of the statement but its last column, which the schema of an older release does not have. Two statements of this
+length would not stay equal."""
 _CLAIM_TRACED = sa.text(f"{_CLAIM_SOME}, r.traceparent")
 _CLAIM_UNTRACED = sa.text(f"{_CLAIM_SOME}, NULL AS traceparent")
 
@@ -153,7 +156,7 @@ WHERE id = (
       AND attempts < CAST(:max_attempts AS int)
       AND space_id <> ALL(CAST(:not_spaces AS int[]))
       AND CASE WHEN CAST(:spaces AS int[]) IS NULL
-               THEN (SELECT s.spec ->> 'provider' FROM spaces s WHERE s.id = space_id) <> 'openai'
+               THEN (SELECT s.spec ->> 'provider' FROM spaces s WHERE s.id = space_id) <> :openai
                ELSE space_id = ANY(CAST(:spaces AS int[])) END
       AND created_at <= clock_timestamp() - make_interval(secs => :age)
     ORDER BY id
@@ -195,6 +198,7 @@ def claim_some(
         "not_spaces": list(not_spaces),
         "spaces": None if spaces is None else list(spaces),
         "age": min_age_s,
+        "openai": OPENAI,
     }
     if not has_columns(conn, "urgency"):
         row = conn.execute(_CLAIM_NEXT, parameters).one_or_none()
@@ -534,11 +538,12 @@ def ask_all(
             ORDER BY part.first
             RETURNING id
         )
-        SELECT id, pg_notify('{CHANNEL}', '')
+        SELECT id, pg_notify(:channel, '')
         FROM asked
     """
     firsts = list(accumulate((len(part) for part in parts), initial=1))
     parameters: dict[str, object] = {
+        "channel": CHANNEL,
         "space": space_id,
         "fingerprint": fingerprint,
         "kind": kind,

@@ -52,7 +52,7 @@ CALLER = "judge"
 """Workers share their time between callers, so that a judgement takes no more than its part of it."""
 
 
-class Stopped(Exception):
+class JudgingStopped(Exception):
     """Whoever asked for the judgement has no more time for it."""
 
 
@@ -100,7 +100,7 @@ def judge(
     It takes as long as workers need for the golden queries in both spaces, and 200 exact searches; it holds no
     connection while it waits for workers, and no transaction lasts longer than one search. What could not be measured,
     because no worker answered within ``timeout`` seconds for instance, does not pass, and the gate says why. Raises
-    :class:`Stopped` soon after ``is_stopping`` says so.
+    :class:`JudgingStopped` soon after ``is_stopping`` says so.
     """
     deadline = time.monotonic() + timeout
     measuring = _Measuring(db, settings, collection_id, (old, new), deadline, is_stopping)
@@ -367,7 +367,7 @@ class _Measuring:
 
     def _require_going_on(self) -> None:
         if self.is_stopping():
-            raise Stopped
+            raise JudgingStopped
         if time.monotonic() >= self.deadline:
             raise WaitTimeout(
                 "The golden queries were not embedded and judged in time. Check with `chunkmill status` that workers "

@@ -19,6 +19,7 @@ from chunkmill.domain.results import Index
 from chunkmill.domain.serving import SegmentKind, SegmentState
 from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.spaces import collections
+from chunkmill.spaces.collections import IS_KEPT
 from chunkmill.spaces.registry import VectorTable
 from chunkmill.store import segments
 
@@ -36,14 +37,14 @@ def all_collections(conn: sa.Connection, *, exact: bool, ids: Sequence[int] | No
     """All collections, or those with these ids, by name. ``exact`` counts the chunks and the vectors of large ones too,
     which reads them all."""
     chosen = None if ids is None else list(ids)
-    query = """
+    query = f"""
         SELECT k.id, k.name, k.space_id, k.created_at, s.fingerprint, s.model,
                (
                    SELECT j.created_at FROM jobs j WHERE j.collection_id = k.id ORDER BY j.id DESC LIMIT 1
                ) AS last_enqueue_at
         FROM collections k
         JOIN spaces s ON s.id = k.space_id
-        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
+        WHERE {IS_KEPT}
           AND (CAST(:ids AS bigint[]) IS NULL OR k.id = ANY(CAST(:ids AS bigint[])))
         ORDER BY k.name
     """
@@ -101,9 +102,8 @@ def _counts(
             FROM (SELECT content_hash FROM chunks WHERE collection_id = k.id LIMIT :limit) c
             LEFT JOIN {space.table_name} v USING (content_hash)
         ) n
-        WHERE k.space_id = :space AND to_jsonb(k) ->> 'dropped_at' IS NULL
+        WHERE k.space_id = :space AND {IS_KEPT}
           AND (CAST(:ids AS bigint[]) IS NULL OR k.id = ANY(CAST(:ids AS bigint[])))
-          AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
     """
     parameters = {"space": space.id, "limit": None if most is None else most + 1, "ids": ids}
     return {row.id: (row.chunks, row.embedded) for row in conn.execute(sa.text(query), parameters)}

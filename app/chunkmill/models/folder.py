@@ -134,7 +134,7 @@ def read_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class _TextSide:
     """How the texts of one side, documents or queries, become vectors, and the files that this depends on."""
 
     transformer: Path
@@ -154,7 +154,7 @@ class _Way:
     adapter: Adapter | None = None
 
 
-def _read_modules(name: str, chain: Sequence[Entry], options: ModelOptions, task: str | None) -> _Way:
+def _read_modules(name: str, chain: Sequence[Entry], options: ModelOptions, task: str | None) -> _TextSide:
     """The way through ``chain``, which has no Router any more. Raises UnknownModel."""
     kinds = [kind for kind, _ in chain]
     static = kinds[:1] == ["StaticEmbedding"]
@@ -183,13 +183,15 @@ def _read_modules(name: str, chain: Sequence[Entry], options: ModelOptions, task
     )
 
 
-def _read_static(name: str, folder: Path, options: ModelOptions, task: str | None, modules: tuple[Module, ...]) -> _Way:
+def _read_static(
+    name: str, folder: Path, options: ModelOptions, task: str | None, modules: tuple[Module, ...]
+) -> _TextSide:
     if task is not None:
         raise UnknownModel(f"model {name!r}: task={task} is an adapter of a transformer, and the model has none")
     if options.precision is not Precision.FLOAT:
         raise unsupported(name, f"StaticEmbedding, which has no matrix products, in precision {options.precision}")
     table = read_static(name, folder)
-    return _Way(
+    return _TextSide(
         folder,
         Pooling.MEAN,
         modules,
@@ -212,7 +214,7 @@ def _read_transformer(
     sentence: Mapping[str, Any] | None = None,
     others: Sequence[Path] = (),
     include_prompt: bool = True,
-) -> _Way:
+) -> _TextSide:
     """The way through a transformer, from its configuration and weights. Raises UnknownModel."""
     sentence = sentence or {}
     config, code = read_config(name, transformer, remote_code=options.remote_code)
@@ -223,7 +225,7 @@ def _read_transformer(
     index = [transformer / "pytorch_model.bin.index.json"] if pickle else []
     adapter = None if task is None else find_adapter(name, transformer, task)
     added = [] if adapter is None else [adapter]
-    return _Way(
+    return _TextSide(
         transformer,
         pooling,
         modules,
@@ -266,8 +268,8 @@ def _assemble(
     name: str,
     path: Path,
     options: ModelOptions,
-    document: _Way,
-    query: _Way,
+    document: _TextSide,
+    query: _TextSide,
     *,
     used: _SentenceConfig | None = None,
     others: Sequence[Path] = (),
@@ -311,7 +313,7 @@ def _assemble(
     return replace(folder, query=_folder(name, path, query, other))
 
 
-def _folder(name: str, path: Path, way: _Way, spec: SpaceSpec) -> ModelFolder:
+def _folder(name: str, path: Path, way: _TextSide, spec: SpaceSpec) -> ModelFolder:
     return ModelFolder(
         name,
         path,

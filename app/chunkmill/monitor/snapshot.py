@@ -16,11 +16,13 @@ from decimal import Decimal
 import sqlalchemy as sa
 
 from chunkmill.db.connect import Connections, connections
+from chunkmill.db.statements import with_constants
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.ledger.money import adjustments, budget, charges
 from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.work.usage import Outcome
 from chunkmill.monitor import present, reports
 from chunkmill.monitor.present import Presence
 from chunkmill.monitor.reports import Kind, Report
@@ -136,7 +138,13 @@ def count(conn: sa.Connection) -> Totals:
     """What has to be counted: ready and discarded ChunkBatches, jobs, dead chunks and the cache's hits."""
     # One process of the server does the work, so that the time it takes is also its cost for the server.
     conn.execute(sa.text("SELECT set_config('max_parallel_workers_per_gather', '0', true)"))
-    rows = conn.execute(_JOBS, {"open": OPEN, "seconds": HIT_RATE_SECONDS}).all()
+    parameters = {
+        "open": OPEN,
+        "seconds": HIT_RATE_SECONDS,
+        "available": ChunkBatchState.AVAILABLE,
+        "running": ChunkBatchState.RUNNING,
+    }
+    rows = conn.execute(_JOBS, parameters).all()
     open_jobs = [
         OpenJob(row.id, row.collection, row.model, JobState(row.state), row.n_chunks, row.contents, row.remaining)
         for row in rows
@@ -189,7 +197,7 @@ _JOBS = sa.text(
             job_id,
             sum(n_contents)::bigint AS contents,
             sum(n_contents - n_cached)::bigint AS asked,
-            sum(n_contents - n_cached - n_embedded) FILTER (WHERE state IN ('available', 'running'))::bigint
+            sum(n_contents - n_cached - n_embedded) FILTER (WHERE state IN (:available, :running))::bigint
                 AS remaining
         FROM chunk_batches
         WHERE job_id = ANY (ARRAY(SELECT id FROM counted))
@@ -217,9 +225,8 @@ def _batches_by_lane(conn: sa.Connection, state: ChunkBatchState) -> dict[Route,
 
 
 # The first entry of each index is the oldest, because the ids of jobs and of ChunkBatches grow. A ChunkBatch that
-# waits out a pause after a failure is not due, so it is skipped. The state is written out, because Postgres uses the
-# partial indexes only if it sees it.
-_OLDEST = sa.text(
+# waits out a pause after a failure is not due, so it is skipped.
+_OLDEST = with_constants(
     """
     SELECT lane.route, extract(epoch FROM now() - min(first.not_before)) AS seconds
     FROM unnest(CAST(:routes AS text[])) AS lane (route)
@@ -228,7 +235,7 @@ _OLDEST = sa.text(
         (
             SELECT not_before
             FROM chunk_batches
-            WHERE state = 'available' AND rung_at IS NULL
+            WHERE state = :available AND rung_at IS NULL
                 AND route = lane.route AND priority = priority.rank AND not_before <= now()
             ORDER BY job_id, id
             LIMIT 1
@@ -237,14 +244,15 @@ _OLDEST = sa.text(
         (
             SELECT not_before
             FROM chunk_batches
-            WHERE state = 'available' AND rung_at IS NOT NULL
+            WHERE state = :available AND rung_at IS NOT NULL
                 AND route = lane.route AND priority = priority.rank AND not_before <= now()
             ORDER BY rung_at
             LIMIT 1
         )
     ) AS first
     GROUP BY lane.route
-    """
+    """,
+    available=ChunkBatchState.AVAILABLE,
 )
 
 
@@ -276,18 +284,19 @@ def _money(conn: sa.Connection, settings: Settings) -> Money:
     )
 
 
-# The states and outcomes in the statements below are written out, because the partial indexes are found by them.
-_RECENT_FAULTS = sa.text(
+_FAULTS = {"died": Outcome.DIED, "failed": Outcome.FAILED, "discarded": ChunkBatchState.DISCARDED}
+_RECENT_FAULTS = with_constants(
     """
     SELECT outcome AS kind, count(*) AS n
     FROM usage
-    WHERE outcome IN ('died', 'failed') AND ended_at > now() - make_interval(secs => :seconds)
+    WHERE outcome IN (:died, :failed) AND ended_at > now() - make_interval(secs => :seconds)
     GROUP BY outcome
     UNION ALL
-    SELECT 'discarded', count(*)
+    SELECT :discarded, count(*)
     FROM chunk_batches
-    WHERE state = 'discarded' AND finished_at > now() - make_interval(secs => :seconds)
-    """
+    WHERE state = :discarded AND finished_at > now() - make_interval(secs => :seconds)
+    """,
+    **_FAULTS,
 )
 
 
@@ -295,7 +304,7 @@ def _recent_faults(conn: sa.Connection) -> dict[str, int]:
     return {row.kind: row.n for row in conn.execute(_RECENT_FAULTS, {"seconds": RECENT_SECONDS})}
 
 
-_LATEST_FAULTS = sa.text(
+_LATEST_FAULTS = with_constants(
     """
     (
         SELECT
@@ -304,7 +313,7 @@ _LATEST_FAULTS = sa.text(
             format('%s: ChunkBatch %s of job %s: %s',
                    worker, chunk_batch_id, job_id, coalesce(evidence, 'no evidence was recorded')) AS line
         FROM usage
-        WHERE outcome IN ('died', 'failed') AND ended_at IS NOT NULL
+        WHERE outcome IN (:died, :failed) AND ended_at IS NOT NULL
         ORDER BY ended_at DESC
         LIMIT :limit
     )
@@ -312,15 +321,16 @@ _LATEST_FAULTS = sa.text(
     (
         SELECT
             finished_at,
-            'discarded',
+            :discarded,
             format('ChunkBatch %s of job %s after %s attempts: %s',
                    id, job_id, attempt, coalesce(error, error_code, ''))
         FROM chunk_batches
-        WHERE state = 'discarded' AND finished_at IS NOT NULL
+        WHERE state = :discarded AND finished_at IS NOT NULL
         ORDER BY finished_at DESC
         LIMIT :limit
     )
-    """
+    """,
+    **_FAULTS,
 )
 
 

@@ -26,7 +26,7 @@ from chunkmill.errors import (
 from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, library, within
 from chunkmill.openai.counted import counted
 from chunkmill.openai.plan.refusals import Meaning, refusal
-from chunkmill.openai.wire.answers import Longest, error_of, parse_object
+from chunkmill.openai.wire.answers import LengthLimits, error_of, parse_object
 from chunkmill.openai.wire.bounds import identifier
 from chunkmill.openai.wire.jsonl import URL, split_lines
 from chunkmill.openai.wire.redaction import redact
@@ -201,7 +201,7 @@ class Provider:
         return sorted(batches, key=lambda batch: (batch.created_at is None, batch.created_at, batch.id))
 
     @contextlib.contextmanager
-    def lines(self, file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+    def lines(self, file_id: str, longest: LengthLimits) -> Iterator[Iterator[bytes]]:
         """The lines of a file as they arrive, with ``TOO_LONG`` in place of each that is longer than ``longest.line``.
 
         A download that ends early, is too slow or is longer than ``longest.file`` raises :class:`ProviderSilent` in

@@ -20,7 +20,7 @@ from chunkmill.domain.reasons import reason_of
 from chunkmill.ledger import dropping
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.dead import deaths
-from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.dead.deaths import TakenBackCounts
 from chunkmill.ledger.jobs import cancel, recover
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.served import files as served_files
@@ -60,7 +60,7 @@ _UP_SECONDS = sa.text("SELECT extract(epoch FROM clock_timestamp() - pg_postmast
 class Round:
     """What one round did."""
 
-    taken_back: TakenBack
+    taken_back: TakenBackCounts
     finished: int
     abandoned: int
     rung: int
@@ -175,7 +175,7 @@ class Poller:
         finished = self._finish_jobs()
         if self._steps.redis_error is not None:
             raise self._steps.redis_error
-        return Round(taken or TakenBack(), finished, len(abandoned or ()), rung)
+        return Round(taken or TakenBackCounts(), finished, len(abandoned or ()), rung)
 
     def _rescue(self, is_patient: bool) -> Round:
         step = self._steps.run
@@ -184,9 +184,9 @@ class Poller:
         finished = self._finish_jobs()
         if self._steps.redis_error is not None:
             raise self._steps.redis_error
-        return Round(taken or TakenBack(), finished, 0, rung)
+        return Round(taken or TakenBackCounts(), finished, 0, rung)
 
-    def _take_back(self) -> TakenBack:
+    def _take_back(self) -> TakenBackCounts:
         with self._db.begin() as conn:
             return deaths.take_back_expired(conn)
 

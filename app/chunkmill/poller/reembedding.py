@@ -66,7 +66,7 @@ class Reembedder:
         """Re-embedding and plan → before when its gates are not checked again."""
         self._flip_look_at: dict[tuple[int, ReembeddingState], float] = {}
         """Re-embedding and state → when to look again at what its next flip or rollback has to prove."""
-        self._passed_over = fill.PassedOver()
+        self._passed_over = fill.PassedOverJobs()
         self._stop = threading.Event()
 
     def start(self, stop: threading.Event) -> list[threading.Thread]:
@@ -285,7 +285,7 @@ class Reembedder:
         self._judge_at[asked] = time.monotonic() + FAILED_SECONDS
         try:
             gating.judge(self._db, self._settings, life, is_stopping=self._stop.is_set)
-        except judging.Stopped:
+        except judging.JudgingStopped:
             return
         except sa.exc.ProgrammingError as error:
             if sqlstate(error) != NOT_ALLOWED:

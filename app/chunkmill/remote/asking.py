@@ -10,10 +10,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from chunkmill.errors import GatewayUnavailable, InvalidInput
-from chunkmill.remote.reading import Unreadable
+from chunkmill.remote.reading import UnreadableAnswer
 from chunkmill.remote.refusals import Failure, failure_of, failure_of_silence, late_failure
 from chunkmill.remote.servers import Server
-from chunkmill.remote.steps import Answer, OpenAnswer, OpenStep, Pause, Request, Send, Steps, Unanswered, Work
+from chunkmill.remote.steps import (
+    Answer,
+    OpenAnswer,
+    OpenStep,
+    PauseStep,
+    Request,
+    SendStep,
+    Steps,
+    Unanswered,
+    WorkStep,
+)
 
 T = TypeVar("T")
 
@@ -84,7 +94,7 @@ class RemoteCalls:
     def _attempt(self, server: Server, request: Request) -> Steps[Answer | Failure]:
         """The answer to one request, or why there is none."""
         try:
-            answer: Answer = yield Send(server, request)
+            answer: Answer = yield SendStep(server, request)
         except Unanswered as silence:
             return failure_of_silence(silence, server.name)
         return answer if answer.is_ok else failure_of(answer, server.name, self._secrets)
@@ -94,13 +104,13 @@ class RemoteCalls:
         pause = pause_after(tries) if failure.retry_after is None else failure.retry_after
         if self._clock() + pause >= deadline:
             raise failure.error
-        yield Pause(pause)
+        yield PauseStep(pause)
 
     def _read(self, server: Server, body: bytes, reader: Callable[[], T]) -> Steps[T]:
         """What ``reader`` makes of an answer."""
         try:
-            result: T = yield Work(reader, len(body) > LONG_WORK_BYTES)
-        except Unreadable as error:
+            result: T = yield WorkStep(reader, len(body) > LONG_WORK_BYTES)
+        except UnreadableAnswer as error:
             raise unreadable(server, error) from None
         return result
 
@@ -161,7 +171,7 @@ def as_json(body: Mapping[str, Any]) -> bytes:
         raise InvalidInput("a number that is not finite cannot be sent to a gateway.") from None
 
 
-def unreadable(server: Server, error: Unreadable) -> GatewayUnavailable:
+def unreadable(server: Server, error: UnreadableAnswer) -> GatewayUnavailable:
     return GatewayUnavailable(
         f"{server.name} gave an answer of an unexpected kind: {error}. Is it a gateway of Chunkmill, and not of "
         "an older release?"

@@ -33,16 +33,16 @@ from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput
 from chunkmill.remote.asking import RemoteCalls, as_json, told_timeout_ms, unreadable
 from chunkmill.remote.http import IN_FLIGHT
-from chunkmill.remote.reading import Unreadable, parse, parse_object, read, read_list
+from chunkmill.remote.reading import UnreadableAnswer, parse, parse_object, read, read_list
 from chunkmill.remote.refusals import Failure, failure_of_silence
 from chunkmill.remote.steps import (
     Answer,
-    Give,
+    GiveStep,
     Items,
+    ParallelStep,
     ReadStep,
     Request,
     Steps,
-    Together,
     Unanswered,
     given_by,
 )
@@ -130,7 +130,7 @@ class Collections(RemoteCalls):
         if not queries:
             yield from self._get(path_of(collection), parse, timeout=timeout)  # which raises NotFound
             return []
-        parts: list[list[Hits]] = yield Together(
+        parts: list[list[Hits]] = yield ParallelStep(
             [
                 partial(self._search, collection, {**body, "query": part}, len(part), deadline)
                 for part in slices(queries, MOST_QUERIES)
@@ -153,7 +153,7 @@ class Collections(RemoteCalls):
             answered = parse_object(answer.body)
             results = [answered] if is_single else answered.get("results")
             if not isinstance(results, list) or len(results) != n:
-                raise Unreadable(f"results does not have those of {n} queries")
+                raise UnreadableAnswer(f"results does not have those of {n} queries")
             return [_hits(result) for result in results]
 
         answer = yield from self._ask(make, deadline=deadline)
@@ -294,7 +294,7 @@ class Collections(RemoteCalls):
         require_name("collection", collection)
         wanted = list(dict.fromkeys(as_ids("ids", ids)))
         flags = {"with_text": as_flag("with_text", with_text), "with_vector": as_flag("with_vector", with_vector)}
-        parts: list[list[StoredChunk]] = yield Together(
+        parts: list[list[StoredChunk]] = yield ParallelStep(
             [partial(self._by_ids, collection, part, flags) for part in slices(wanted, PAGE_WITH_TEXT) or [[]]],
             IN_FLIGHT,
         )
@@ -344,7 +344,7 @@ class Collections(RemoteCalls):
                 collection, {**query, "limit": str(most if left is None else min(most, left))}, after
             )
             for chunk in page:
-                yield Give(chunk)
+                yield GiveStep(chunk)
             if following is None:
                 return
             after = following
@@ -391,10 +391,10 @@ class Collections(RemoteCalls):
                 if not failure.may_repeat:
                     raise failure.error from None
                 yield from self._vectors_of_pages(collection, query, batches)
-        except Unreadable as error:
+        except UnreadableAnswer as error:
             raise unreadable(self._server, error) from None
         for batch in batches.take(is_last=True):
-            yield Give(batch)
+            yield GiveStep(batch)
 
     def _vectors_of_stream(self, collection: str, query: Mapping[str, str], batches: _Batches) -> Steps[None]:
         def make(seconds: float) -> Request:
@@ -409,7 +409,7 @@ class Collections(RemoteCalls):
             for ids, rows in blocks.add(piece):
                 batches.add(ids, rows)
             for batch in batches.take():
-                yield Give(batch)
+                yield GiveStep(batch)
 
     def _vectors_of_pages(self, collection: str, query: Mapping[str, str], batches: _Batches) -> Steps[None]:
         whole = {**query, "with_text": "false", "with_vector": "true", "limit": str(PAGE_WITHOUT)}
@@ -420,7 +420,7 @@ class Collections(RemoteCalls):
                 if chunk.vector is not None:
                     batches.add([chunk.id], chunk.vector[None, :])
             for batch in batches.take():
-                yield Give(batch)
+                yield GiveStep(batch)
 
 
 class _Batches:
@@ -434,7 +434,7 @@ class _Batches:
 
     def add(self, ids: Sequence[str], rows: NDArray[np.float32]) -> None:
         if self._rows and self._rows[0].shape[1] != rows.shape[1]:
-            raise Unreadable("vectors of one collection have several sizes")
+            raise UnreadableAnswer("vectors of one collection have several sizes")
         self._ids += ids
         self._rows.append(rows)
         self.last_id = ids[-1]
@@ -462,7 +462,7 @@ class _Blocks:
         self.is_complete = False
 
     def add(self, piece: bytes) -> list[tuple[list[str], NDArray[np.float32]]]:
-        """The blocks that are complete with this piece. Raises :class:`Unreadable`."""
+        """The blocks that are complete with this piece. Raises :class:`UnreadableAnswer`."""
         self._buffer += piece
         blocks = []
         while not self.is_complete and (block := self._next()) is not None:
@@ -478,19 +478,19 @@ class _Blocks:
             self.is_complete = True
             return None
         if length > LONGEST_HEADER:
-            raise Unreadable("a block is longer than any may be")
+            raise UnreadableAnswer("a block is longer than any may be")
         if len(buffer) < 4 + length:
             return None
         header = parse_object(bytes(buffer[4 : 4 + length]))
         ids, dimensions = read_list(str, header.get("ids"), "ids"), read(int, header.get("dimensions"), "dimensions")
         size = 4 * len(ids) * dimensions
         if not ids or dimensions < 1 or size > LONGEST_BLOCK:
-            raise Unreadable("a block has no vectors, or more than any may have")
+            raise UnreadableAnswer("a block has no vectors, or more than any may have")
         if len(buffer) < 4 + length + size:
             return None
         flat = np.frombuffer(bytes(buffer[4 + length : 4 + length + size]), "<f4").astype(np.float32, copy=False)
         if not np.isfinite(flat).all():
-            raise Unreadable("a vector has a number that is not finite")
+            raise UnreadableAnswer("a vector has a number that is not finite")
         del buffer[: 4 + length + size]
         return ids, flat.reshape(len(ids), dimensions)
 
@@ -516,7 +516,7 @@ def _filter_query(given: object) -> dict[str, str]:
 
 def _hits(result: Any) -> Hits:
     if not isinstance(result, dict):
-        raise Unreadable("a result is not an object")
+        raise UnreadableAnswer("a result is not an object")
     plan = result.get("explanation")
     instead_of = result.get("instead_of")
     # A gateway of an earlier release knows one space alone, and no ids of searches.

@@ -59,4 +59,5 @@ class RemoteEmbedder:
         return self._dimensions
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._client.close()

@@ -18,10 +18,10 @@ from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.errors import GatewayUnavailable, InvalidInput, SpaceMismatch
 from chunkmill.remote.asking import LONG_WORK_BYTES, RemoteCalls, told_timeout_ms
 from chunkmill.remote.http import IN_FLIGHT
-from chunkmill.remote.reading import Unreadable, parse_object, read_vector
+from chunkmill.remote.reading import UnreadableAnswer, parse_object, read_vector
 from chunkmill.remote.refusals import Failure
 from chunkmill.remote.servers import Server
-from chunkmill.remote.steps import Request, Steps, Together, Work
+from chunkmill.remote.steps import ParallelStep, Request, Steps, WorkStep
 
 SPACE_HEADER = "x-chunkmill-fingerprint"
 REQUEST_TEXTS = 256
@@ -111,7 +111,7 @@ class Embedding(RemoteCalls):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, given = as_seconds("timeout", timeout), list(as_items("texts", texts))
         is_long = len(given) > REQUEST_TEXTS
-        yield Work(partial(require_texts, given), is_long)
+        yield WorkStep(partial(require_texts, given), is_long)
         asked = ModelChoice(
             None if model is None else as_text("model", model),
             None if dimensions is None else as_number("dimensions", dimensions, least=1),
@@ -120,10 +120,12 @@ class Embedding(RemoteCalls):
         if not given:
             return joined([], (yield from self._dimensions(asked, call.deadline)))
         most = REQUEST_TEXTS if len(given) <= FEW_TEXTS else (yield from self._most_texts(call.deadline))
-        pieces: list[Sequence[str]] = yield Work(lambda: list(cut(given, most, REQUEST_BYTES)), is_long)
-        parts: list[EmbeddedTexts] = yield Together([partial(self._piece, call, piece) for piece in pieces], IN_FLIGHT)
+        pieces: list[Sequence[str]] = yield WorkStep(lambda: list(into_requests(given, most, REQUEST_BYTES)), is_long)
+        parts: list[EmbeddedTexts] = yield ParallelStep(
+            [partial(self._piece, call, piece) for piece in pieces], IN_FLIGHT
+        )
         one_size(self._server, parts)
-        whole: EmbeddedTexts = yield Work(lambda: joined(parts, parts[0].vectors.shape[1]), is_long)
+        whole: EmbeddedTexts = yield WorkStep(lambda: joined(parts, parts[0].vectors.shape[1]), is_long)
         return whole
 
     def _most_texts(self, deadline: float) -> Steps[int]:
@@ -231,7 +233,7 @@ class Embedding(RemoteCalls):
         if call.asked.dimensions is not None:
             body["dimensions"] = call.asked.dimensions
         dimensions = call.asked.dimensions or LARGEST_DIMENSIONS
-        content: bytes = yield Work(
+        content: bytes = yield WorkStep(
             lambda: json.dumps(body, ensure_ascii=False).encode(), sum(map(len, texts)) > LONG_WORK_BYTES
         )
         request = Request(
@@ -283,7 +285,7 @@ def require_texts(texts: Sequence[str]) -> None:
         pass
 
 
-def cut(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[str]]:
+def into_requests(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[str]]:
     """The texts in pieces of at most ``most`` texts and ``most_bytes`` bytes, as UTF-8, or of one longer text."""
     begin, size = 0, 0
     for i, text in enumerate(texts):
@@ -297,16 +299,16 @@ def cut(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[s
 
 
 def read_embedded(body: bytes, n: int) -> EmbeddedTexts:
-    """The vectors of an answer to ``n`` texts. Raises :class:`Unreadable`."""
+    """The vectors of an answer to ``n`` texts. Raises :class:`UnreadableAnswer`."""
     answered = parse_object(body)
     data = answered.get("data")
     if not isinstance(data, list) or len(data) != n:
-        raise Unreadable(f"data does not have the vectors of {n:,} texts")
+        raise UnreadableAnswer(f"data does not have the vectors of {n:,} texts")
     vectors, seen = np.empty((n, 0), np.float32), np.zeros(n, np.bool_)
     for item in data:
         i = item.get("index") if isinstance(item, dict) else None
         if not _is_number(i, n) or seen[i]:
-            raise Unreadable("data does not have each index once")
+            raise UnreadableAnswer("data does not have each index once")
         seen[i] = True
         vector = read_vector(item.get("embedding"), f"data[{i}].embedding", vectors.shape[1] or None)
         if not vectors.shape[1]:
@@ -314,9 +316,9 @@ def read_embedded(body: bytes, n: int) -> EmbeddedTexts:
         vectors[i] = vector
     counts, cut_ones = answered.get("tokens", [0] * n), answered.get("truncated", [])
     if not isinstance(counts, list) or len(counts) != n or not all(_is_number(count, 2**31) for count in counts):
-        raise Unreadable(f"tokens does not have the numbers of {n:,} texts")
+        raise UnreadableAnswer(f"tokens does not have the numbers of {n:,} texts")
     if not isinstance(cut_ones, list) or not all(_is_number(i, n) for i in cut_ones):
-        raise Unreadable("truncated does not have positions of texts")
+        raise UnreadableAnswer("truncated does not have positions of texts")
     truncated = np.zeros(n, np.bool_)
     truncated[np.array(cut_ones, np.intp)] = True
     return EmbeddedTexts(vectors, np.array(counts, np.int32), truncated)

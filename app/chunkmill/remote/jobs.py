@@ -32,7 +32,7 @@ from chunkmill.remote.asking import RemoteCalls
 from chunkmill.remote.lines import Lines
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.refusals import Failure
-from chunkmill.remote.steps import Drain, Pause, Request, Steps, TellStep
+from chunkmill.remote.steps import DrainStep, PauseStep, Request, Steps, TellStep
 from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Jobs(RemoteCalls):
             if not result.may_repeat and not (result.is_too_slow and deadline is None):
                 raise result.error
             if deadline is None:
-                yield Drain(lines)
+                yield DrainStep(lines)
                 deadline = self._deadline()
             yield from self._wait(result, tries, deadline)
             tries += 1
@@ -217,7 +217,7 @@ class Jobs(RemoteCalls):
                 hindered = job.hindrance
                 if hindered:
                     yield TellStep(say, hindered)
-            yield Pause(pause if left is None else min(pause, left))
+            yield PauseStep(pause if left is None else min(pause, left))
             pause = min(LONGEST_LOOK_S, pause * 1.5)
 
     def cancel(self, job_id: int) -> Steps[Job]:

@@ -22,29 +22,30 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 
 
-class Unreadable(ValueError):
+class UnreadableAnswer(ValueError):
     """An answer that is not what it should be. The message names the place and quotes nothing."""
 
 
 def parse(body: bytes) -> Any:
-    """The value of a JSON document. Raises :class:`Unreadable`."""
+    """The value of a JSON document. Raises :class:`UnreadableAnswer`."""
     try:
         return json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        raise Unreadable("the answer is not JSON") from None
+        raise UnreadableAnswer("the answer is not JSON") from None
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
     value = parse(body)
     if not isinstance(value, dict):
-        raise Unreadable("the answer is not a JSON object")
+        raise UnreadableAnswer("the answer is not a JSON object")
     return value
 
 
 def read(kind: type[T], value: Any, place: str = "") -> T:
-    """``value`` as an instance of ``kind``: a dataclass or a type that its fields may have. Raises :class:`Unreadable`.
+    """``value`` as an instance of ``kind``: a dataclass or a type that its fields may have.
 
-    Fields that this release does not know are passed over, because the gateway may be of a newer one.
+    Fields that this release does not know are passed over, because the gateway may be of a newer one. Raises
+    :class:`UnreadableAnswer`.
     """
     made: T = _read(kind, value, place or getattr(kind, "__name__", "the answer"))
     return made
@@ -52,7 +53,7 @@ def read(kind: type[T], value: Any, place: str = "") -> T:
 
 def read_list(kind: type[T], value: Any, place: str) -> list[T]:
     if not isinstance(value, list):
-        raise Unreadable(f"{place} is not a list")
+        raise UnreadableAnswer(f"{place} is not a list")
     return [read(kind, item, f"{place}[{i}]") for i, item in enumerate(value)]
 
 
@@ -62,17 +63,17 @@ def read_vector(value: Any, place: str, dimensions: int | None = None) -> NDArra
         try:
             vector = np.frombuffer(base64.b64decode(value, validate=True), "<f4").astype(np.float32, copy=False)
         except (binascii.Error, ValueError):
-            raise Unreadable(f"{place} is not the base64 of float32 numbers") from None
+            raise UnreadableAnswer(f"{place} is not the base64 of float32 numbers") from None
     else:
         try:
             with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
                 vector = np.asarray(value, np.float32)
         except (TypeError, ValueError, OverflowError):
-            raise Unreadable(f"{place} is not a vector") from None
+            raise UnreadableAnswer(f"{place} is not a vector") from None
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
-        raise Unreadable(f"{place} is not a vector of finite numbers")
+        raise UnreadableAnswer(f"{place} is not a vector of finite numbers")
     if dimensions is not None and len(vector) != dimensions:
-        raise Unreadable(f"{place} has {len(vector):,} dimensions, and the others have {dimensions:,}")
+        raise UnreadableAnswer(f"{place} has {len(vector):,} dimensions, and the others have {dimensions:,}")
     return vector
 
 
@@ -115,7 +116,7 @@ def _read(kind: Any, value: Any, place: str) -> Any:
             if name in given:
                 arguments[name] = _read(hint, given[name], f"{place}.{name}")
             elif is_needed:
-                raise Unreadable(f"{place} has no {name}")
+                raise UnreadableAnswer(f"{place} has no {name}")
         return typing.cast(type, kind)(**arguments)
     return _scalar(kind, value, place)
 
@@ -131,17 +132,17 @@ def _scalar(kind: Any, value: Any, place: str) -> Any:
         if kind is Decimal:
             return Decimal(value)
     except (TypeError, ValueError, InvalidOperation):
-        raise Unreadable(f"{place} is not a {kind.__name__} that this release knows") from None
+        raise UnreadableAnswer(f"{place} is not a {kind.__name__} that this release knows") from None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise Unreadable(f"{place} is not a {kind.__name__}")
+    raise UnreadableAnswer(f"{place} is not a {kind.__name__}")
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Unreadable(f"{place} is not an object")
+        raise UnreadableAnswer(f"{place} is not an object")
     return value
 
 

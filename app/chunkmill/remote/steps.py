@@ -67,7 +67,7 @@ class Unanswered(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendStep:
     """Results in an :class:`Answer`. Raises :class:`Unanswered`."""
 
     server: Server
@@ -101,7 +101,7 @@ class ReadStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class PauseStep:
     """Go on after so many seconds."""
 
     seconds: float
@@ -116,7 +116,7 @@ class TellStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkStep:
     """Results in what the function returns. ``is_long`` says that it would hold an event loop for milliseconds."""
 
     function: Callable[[], Any]
@@ -124,21 +124,21 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
+class DrainStep:
     """Read the rest of an iterable that is being sent. Raises what the iterable raises."""
 
     lines: Lines
 
 
 @dataclass(frozen=True, slots=True)
-class Give:
+class GiveStep:
     """Hand an item to the caller, who is iterating, and go on when the next one is wanted."""
 
     item: Any
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
+class ParallelStep:
     """Results in the results of all, in their order. At most ``at_once`` run side by side.
 
     After the first error no other begins, those that run are stopped, and the error is raised.
@@ -148,7 +148,7 @@ class Together:
     at_once: int
 
 
-Step = Send | OpenStep | ReadStep | Pause | TellStep | Work | Drain | Give | Together
+Step = SendStep | OpenStep | ReadStep | PauseStep | TellStep | WorkStep | DrainStep | GiveStep | ParallelStep
 Steps = Generator[Step, Any, Result]
 
 
@@ -171,7 +171,7 @@ def given_by(steps: Steps[None]) -> Steps[list[Any]]:
             except StopIteration:
                 return items
             value = error = None
-            if isinstance(step, Give):
+            if isinstance(step, GiveStep):
                 items.append(step.item)
                 continue
             try:

@@ -18,19 +18,19 @@ from chunkmill.remote.lines import Lines, SourceFailed
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import (
     Answer,
-    Drain,
-    Give,
+    DrainStep,
+    GiveStep,
     OpenAnswer,
     OpenStep,
-    Pause,
+    ParallelStep,
+    PauseStep,
     ReadStep,
     Request,
-    Send,
+    SendStep,
     Step,
     Steps,
     TellStep,
-    Together,
-    Work,
+    WorkStep,
 )
 
 Result = TypeVar("Result")
@@ -76,7 +76,7 @@ class TaskRunner:
                     except StopIteration:
                         return
                     value = error = None
-                    if isinstance(step, Give):
+                    if isinstance(step, GiveStep):
                         yield step.item
                         continue
                     try:
@@ -96,26 +96,26 @@ class TaskRunner:
 
     async def _do(self, step: Step, streams: contextlib.AsyncExitStack) -> Any:
         match step:
-            case Send(server, request):
+            case SendStep(server, request):
                 return await self._send(server, request)
             case OpenStep(server, request):
                 return await self._open(server, request, streams)
             case ReadStep(opened, seconds):
                 return await _read(opened, seconds)
-            case Pause(seconds):
+            case PauseStep(seconds):
                 await asyncio.sleep(seconds)
             case TellStep(function, argument):
                 told = function(argument)
                 if inspect.isawaitable(told):
                     await told
-            case Work(function, is_long):
+            case WorkStep(function, is_long):
                 return await asyncio.to_thread(function) if is_long else function()
-            case Drain(lines):
+            case DrainStep(lines):
                 try:
                     await lines.drain_in_a_loop()
                 except SourceFailed as failed:
                     raise failed.error from None
-            case Together(makers, at_once):
+            case ParallelStep(makers, at_once):
                 return await self._together(list(makers), at_once)
         return None
 

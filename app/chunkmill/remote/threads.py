@@ -21,19 +21,19 @@ from chunkmill.remote.lines import Lines, SourceFailed
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import (
     Answer,
-    Drain,
-    Give,
+    DrainStep,
+    GiveStep,
     OpenAnswer,
     OpenStep,
-    Pause,
+    ParallelStep,
+    PauseStep,
     ReadStep,
     Request,
-    Send,
+    SendStep,
     Step,
     Steps,
     TellStep,
-    Together,
-    Work,
+    WorkStep,
 )
 
 Result = TypeVar("Result")
@@ -84,24 +84,24 @@ class ThreadRunner:
         if stopping.is_set():
             raise _Stopped
         match step:
-            case Send(server, request):
+            case SendStep(server, request):
                 return self._send(server, request)
             case OpenStep(server, request):
                 return self._open(server, request, streams)
             case ReadStep(opened, seconds):
                 return _read(opened, seconds)
-            case Pause(seconds):
+            case PauseStep(seconds):
                 stopping.wait(seconds)
             case TellStep(function, argument):
                 function(argument)
-            case Work(function):
+            case WorkStep(function):
                 return function()
-            case Drain(lines):
+            case DrainStep(lines):
                 try:
                     lines.drain()
                 except SourceFailed as failed:
                     raise failed.error from None
-            case Together(makers, at_once):
+            case ParallelStep(makers, at_once):
                 return self._together(list(makers), at_once)
         return None
 
@@ -216,7 +216,7 @@ def _driven(steps: Steps[Result], do: Callable[[Step], Any]) -> Generator[Any, N
                 result: Result = end.value
                 return result
             value = error = None
-            if isinstance(step, Give):
+            if isinstance(step, GiveStep):
                 yield step.item
                 continue
             try:

@@ -24,24 +24,9 @@ class Collection:
     space_id: int
 
 
-# The columns are read in this way because the schema of the last release does not have them.
-_IS_KEPT = "to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'"
-_OF_NAME = f"""
-SELECT k.id, k.name, k.space_id
-FROM collections k
-WHERE k.name = :name AND {_IS_KEPT}
-"""
-_OF_ALIAS = f"""
-SELECT k.id, k.name, k.space_id
-FROM collection_aliases a
-JOIN collections k ON k.id = a.collection_id
-WHERE a.name = :name AND {_IS_KEPT}
-"""
-_HIDDEN = """
-SELECT k.id, k.name, k.space_id
-FROM collections k
-WHERE k.name = :name AND k.is_hidden AND k.dropped_at IS NULL
-"""
+IS_KEPT = "to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'"
+"""Whether people may see the collection ``k``. A statement that forgot a part of it would show what was dropped, or the
+inputs of somebody's batch. The columns are read in this way because the schema of the last release has none of them."""
 
 
 def resolve(conn: sa.Connection, name: str, *, is_hidden: bool = False) -> Collection | None:
@@ -49,12 +34,25 @@ def resolve(conn: sa.Connection, name: str, *, is_hidden: bool = False) -> Colle
 
     Hidden collections are not found, unless ``is_hidden`` asks for one of them.
     """
-    if is_hidden:
-        row = conn.execute(sa.text(_HIDDEN), {"name": name}).one_or_none()
-        return Collection(row.id, row.name, row.space_id) if row else None
-    row = conn.execute(sa.text(_OF_NAME), {"name": name}).one_or_none()
-    if row is None and have_lives(conn):
-        row = conn.execute(sa.text(_OF_ALIAS), {"name": name}).one_or_none()
+    hidden = """
+        SELECT k.id, k.name, k.space_id
+        FROM collections k
+        WHERE k.name = :name AND k.is_hidden AND k.dropped_at IS NULL
+    """
+    of_name = f"""
+        SELECT k.id, k.name, k.space_id
+        FROM collections k
+        WHERE k.name = :name AND {IS_KEPT}
+    """
+    of_alias = f"""
+        SELECT k.id, k.name, k.space_id
+        FROM collection_aliases a
+        JOIN collections k ON k.id = a.collection_id
+        WHERE a.name = :name AND {IS_KEPT}
+    """
+    row = conn.execute(sa.text(hidden if is_hidden else of_name), {"name": name}).one_or_none()
+    if row is None and not is_hidden and have_lives(conn):
+        row = conn.execute(sa.text(of_alias), {"name": name}).one_or_none()
     return Collection(row.id, row.name, row.space_id) if row else None
 
 
@@ -91,7 +89,12 @@ def of_names(conn: sa.Connection, names: Sequence[str]) -> list[Collection]:
 
 def all_collections(conn: sa.Connection) -> list[Collection]:
     """All collections, by name."""
-    query = f"SELECT k.id, k.name, k.space_id FROM collections k WHERE {_IS_KEPT} ORDER BY k.name"
+    query = f"""
+        SELECT k.id, k.name, k.space_id
+        FROM collections k
+        WHERE {IS_KEPT}
+        ORDER BY k.name
+    """
     return [Collection(row.id, row.name, row.space_id) for row in conn.execute(sa.text(query))]
 
 
@@ -116,7 +119,13 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden:
     raises :class:`NotFound` if it was dropped since.
     """
     if is_hidden:
-        row = conn.execute(sa.text(f"{_HIDDEN} FOR NO KEY UPDATE"), {"name": name}).one_or_none()
+        hidden = """
+            SELECT k.id, k.name, k.space_id
+            FROM collections k
+            WHERE k.name = :name AND k.is_hidden AND k.dropped_at IS NULL
+            FOR NO KEY UPDATE
+        """
+        row = conn.execute(sa.text(hidden), {"name": name}).one_or_none()
         if row is None or row.space_id != space.id:
             raise NotFound(f"the hidden collection {name!r} was dropped.")
         return Collection(row.id, row.name, row.space_id)
@@ -140,10 +149,24 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden:
 
 
 def _lock(conn: sa.Connection, name: str) -> Collection | None:
-    row = conn.execute(sa.text(f"{_OF_NAME} FOR NO KEY UPDATE"), {"name": name}).one_or_none()
+    of_name = f"""
+        SELECT k.id, k.name, k.space_id
+        FROM collections k
+        WHERE k.name = :name AND {IS_KEPT}
+        FOR NO KEY UPDATE
+    """
+    # The alias too: if it is taken away, or moved, while this waits for the collection, it is not found.
+    of_alias = f"""
+        SELECT k.id, k.name, k.space_id
+        FROM collection_aliases a
+        JOIN collections k ON k.id = a.collection_id
+        WHERE a.name = :name AND {IS_KEPT}
+        FOR NO KEY UPDATE OF k
+        FOR SHARE OF a
+    """
+    row = conn.execute(sa.text(of_name), {"name": name}).one_or_none()
     if row is None and have_lives(conn):
-        # The alias too: if it is taken away, or moved, while this waits for the collection, it is not found.
-        row = conn.execute(sa.text(f"{_OF_ALIAS} FOR NO KEY UPDATE OF k FOR SHARE OF a"), {"name": name}).one_or_none()
+        row = conn.execute(sa.text(of_alias), {"name": name}).one_or_none()
     return Collection(row.id, row.name, row.space_id) if row else None
 
 

@@ -12,7 +12,7 @@ from chunkmill.domain.reembedding import SpaceRole
 from chunkmill.domain.sessions import percent_of
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.spaces import collections, registry
-from chunkmill.spaces.collections import Collection
+from chunkmill.spaces.collections import IS_KEPT, Collection
 from chunkmill.spaces.others import ARE_KEPT
 from chunkmill.spaces.registry import Space
 
@@ -90,19 +90,17 @@ class ServedCollection:
 
 LEAST_PREFIX = 4
 """So many characters of a fingerprint are asked for at least."""
-_ACTIVE = "SELECT k.space_id AS id, NULL AS role, 0 AS share, 0::bigint AS reembedding_id"
-_ALL = f"""
-    {_ACTIVE}
-    UNION ALL
-    SELECT o.space_id, o.role, o.share, o.reembedding_id
-    FROM collection_spaces o
-    WHERE o.collection_id = k.id AND o.space_id <> k.space_id
-"""
 _with_others: WeakSet[sa.Engine] = WeakSet()
 """The databases whose schema is known to have other spaces."""
 
 
 def _query(*, is_known: bool, alias: bool) -> sa.TextClause:
+    """The statement of :func:`_rows`. The schema of the last release has no other spaces, and an alias is read only if
+    no collection has the name."""
+    others = """UNION ALL
+            SELECT o.space_id, o.role, o.share, o.reembedding_id
+            FROM collection_spaces o
+            WHERE o.collection_id = k.id AND o.space_id <> k.space_id"""
     of_name = "k.name = :name"
     if alias:
         of_name = "k.id = (SELECT a.collection_id FROM collection_aliases a WHERE a.name = :name)"
@@ -110,10 +108,12 @@ def _query(*, is_known: bool, alias: bool) -> sa.TextClause:
         SELECT k.id AS collection_id, k.name, s.id, s.fingerprint, s.spec, s.storage, o.role, o.share, o.reembedding_id,
                {ARE_KEPT} AS may_have_others
         FROM collections k
-        CROSS JOIN LATERAL ({_ALL if is_known else _ACTIVE}) o
+        CROSS JOIN LATERAL (
+            SELECT k.space_id AS id, NULL AS role, 0 AS share, 0::bigint AS reembedding_id
+            {others if is_known else ""}
+        ) o
         JOIN spaces s ON s.id = o.id
-        WHERE {of_name}
-          AND to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
+        WHERE {of_name} AND {IS_KEPT}
         ORDER BY o.role IS NOT NULL, o.reembedding_id DESC, s.id
     """)
 

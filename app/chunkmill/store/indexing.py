@@ -42,6 +42,7 @@ from chunkmill.domain.serving import (
 )
 from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces import others
+from chunkmill.spaces.collections import IS_KEPT
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 
@@ -421,9 +422,12 @@ def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tupl
     query = f"""
         SELECT k.id, s.space_id
         FROM collections k
-        CROSS JOIN LATERAL ({_SPACES if has_others else _ACTIVE_SPACE}) s
+        CROSS JOIN LATERAL (
+            SELECT k.space_id, true AS is_active, true AS may_begin
+            {_OTHER_SPACES if has_others else ""}
+        ) s
         LEFT JOIN serving_indexes i ON i.collection_id = k.id AND i.space_id = s.space_id
-        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
+        WHERE {IS_KEPT}
           AND ({_MAY_FLUSH if builder is BuilderKind.FLUSH else _MAY_MERGE}
                OR EXISTS (
                    SELECT FROM segments g
@@ -448,15 +452,11 @@ def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tupl
     return [(row.id, row.space_id) for row in conn.execute(sa.text(query), parameters)]
 
 
-_ACTIVE_SPACE = "SELECT k.space_id, true AS is_active, true AS may_begin"
-_SPACES = f"""
-            {_ACTIVE_SPACE}
-            UNION ALL
+_OTHER_SPACES = """UNION ALL
             SELECT o.space_id, false, r.state NOT IN (:planned, :filling)
             FROM collection_spaces o
             JOIN reembeddings r ON r.id = o.reembedding_id
-            WHERE o.collection_id = k.id AND o.space_id <> k.space_id
-        """
+            WHERE o.collection_id = k.id AND o.space_id <> k.space_id"""
 _MAY_FLUSH = """CASE
                    WHEN i.collection_id IS NULL
                    THEN s.may_begin

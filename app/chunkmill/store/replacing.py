@@ -24,6 +24,7 @@ REFUSED_IDS = "refused_ids"
 """The temporary table of a session with the ids of what its source has and could not give: chunks and documents."""
 
 _NEXT = "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint) AS number"
+"""The number of the next transaction. The fence, and what is compared with it, must be counted in the same way."""
 
 
 def is_old(written_by: str) -> str:

@@ -43,6 +43,7 @@ MORE_CANDIDATES = 10
 """At least so many candidates more than hits are compared by their vectors, because the order of a segment is that of
 half precision."""
 JUDGED = 20
+"""How many of the nearest candidates say whether a query lies among its neighbours or beside them."""
 LEAST_SPREAD = 0.92
 """If the first ``JUDGED`` candidates are on average less than this many times as far from each other as from the query,
 the query is not among them but beside them. A search of a graph is then often stuck in the nearest topic while the hits
@@ -197,7 +198,7 @@ def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_i
 
 
 @dataclass(frozen=True, slots=True)
-class _Passing:
+class _PassingChunks:
     """The chunks that pass a filter, if they are few: how many, and where they are in the table.
 
     The places hold for as long as the transaction sees one moment, because no vacuum removes what it sees.
@@ -209,7 +210,7 @@ class _Passing:
 
 
 @dataclass(frozen=True, slots=True)
-class _Near:
+class _NearestHits:
     """The nearest candidates, and what is known of them."""
 
     hits: list[SearchHit]
@@ -240,7 +241,7 @@ class _CallContext:
         k: int,
         wanted: int,
         index: ServingIndex | None,
-        passing: _Passing | None,
+        passing: _PassingChunks | None,
         because: str,
         explain: bool,
     ) -> Hits:
@@ -266,7 +267,7 @@ class _CallContext:
         before = {hit.chunk_id for hit in head}
         return Hits([*head, *(hit for hit in exactly if hit.chunk_id not in before)], plan)
 
-    def list_passing(self, index: ServingIndex, k: int) -> tuple[_Passing | None, float, str]:
+    def list_passing(self, index: ServingIndex, k: int) -> tuple[_PassingChunks | None, float, str]:
         """The chunks that pass the filter, if they are so few that an exact search is better; else why it is not.
 
         Between the two stands about what share of the collection passes.
@@ -288,7 +289,7 @@ class _CallContext:
         row = self.conn.execute(sa.text(query), {**self.parameters, "most": few + 1}).one()
         if row.n > few:
             return None, share, f"more than {few:,} chunks pass the filter"
-        return _Passing(row.n, row.places), share, ""
+        return _PassingChunks(row.n, row.places), share, ""
 
     def _estimate_share(self, index: ServingIndex) -> float:
         """What share of the collection passes the filter, by some blocks of its largest graph: always the same."""
@@ -336,7 +337,9 @@ class _CallContext:
         )
         return Hits(near.hits[:k], plan)
 
-    def _nearest_at_once(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near | None:
+    def _nearest_at_once(
+        self, parameters: dict[str, object], candidates: int, index: ServingIndex
+    ) -> _NearestHits | None:
         """The nearest that pass the filter, among so many rows of each graph as are enough by the share that passes.
 
         One statement reads them, looks which of them pass, and says where the query is among all of them. None if there
@@ -350,7 +353,7 @@ class _CallContext:
         near = self._near(statement, {**parameters, "k": max(candidates, JUDGED), "at_once": at_once, "beam": BEAM})
         return near if near.hits else None
 
-    def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near:
+    def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _NearestHits:
         """The nearest that pass the filter: each graph is read until it has given enough of them."""
         beam = min(WIDEST_BEAM, max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(BEAM, 2 * candidates))
         is_judged, spread = index.has_graphs and bool(self.filtered or index.has_bits), math.inf
@@ -360,19 +363,19 @@ class _CallContext:
             all_of_it = _through_segments(self.space, index.segments, "")
             spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": BEAM}).spread
             if spread < LEAST_SPREAD:
-                return _Near([], 0, spread, BEAM)
+                return _NearestHits([], 0, spread, BEAM)
         self._set_beam(beam)
         graphs = _through_segments(self.space, index.segments, self.filtered)
         near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
         return replace(near, spread=spread) if is_judged else near
 
-    def _exactly(self, parameters: dict[str, object], k: int, passing: _Passing | None) -> list[SearchHit]:
+    def _exactly(self, parameters: dict[str, object], k: int, passing: _PassingChunks | None) -> list[SearchHit]:
         if passing is None:
             return self._near(_exact(self.space, self.filtered), {**parameters, "k": k}).hits
         listed = "AND c.ctid = ANY(CAST(:places AS tid[]))"
         return self._near(_exact(self.space, listed), {**parameters, "places": passing.places, "k": k}).hits
 
-    def _explanation(self, because: str, passing: _Passing | None) -> SearchPlan:
+    def _explanation(self, because: str, passing: _PassingChunks | None) -> SearchPlan:
         query = f"""
             SELECT count(*)
             FROM chunks c
@@ -390,14 +393,14 @@ class _CallContext:
     def _set_beam(self, beam: int) -> None:
         self.conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {beam}"))
 
-    def _near(self, statement: str, parameters: dict[str, object]) -> _Near:
+    def _near(self, statement: str, parameters: dict[str, object]) -> _NearestHits:
         rows = self.conn.execute(sa.text(statement), parameters).all()
         if not rows or any(row.gave_up for row in rows):
-            return _Near([], 0, math.inf)
+            return _NearestHits([], 0, math.inf)
         hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
         first = rows[0]
         spread = _spread(first.judged, first.cosine, first.length)
-        return _Near(hits, first.compared, spread, int(str(parameters.get("beam", 0))))
+        return _NearestHits(hits, first.compared, spread, int(str(parameters.get("beam", 0))))
 
 
 def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -436,6 +439,7 @@ def _spread(n: int, cosine: float | None, length: float | None) -> float:
 
 
 def _exact(space: Space, filtered: str) -> str:
+    """The ``:k`` nearest of all chunks that pass."""
     # The addition keeps the planner from an index of vectors, which the last release built and an operator may build.
     return f"""
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, 0 AS compared, false AS gave_up,
@@ -466,11 +470,13 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
     graphs = ", ".join(
         f"({part.id}, {part.rows}, {_CANDIDATES[part.kind]})" for part in live if part.kind is not SegmentKind.FLAT
     )
-    given = "(SELECT count(*) FROM candidates x WHERE x.part = g.part)"
-    gave_up = (
-        f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted) WHERE {given} < least(g.wanted, g.n_rows))"
-    )
-    judged = _JUDGED.format("SELECT embedding, distance FROM nearest")
+    gave_up, judged = "false", "SELECT 0 AS judged, CAST(NULL AS float8) AS cosine, CAST(NULL AS float8) AS length"
+    if graphs:
+        gave_up = f"""EXISTS (
+                   SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted)
+                   WHERE (SELECT count(*) FROM candidates x WHERE x.part = g.part) < least(g.wanted, g.n_rows))"""
+    if graphs and not by_rows:
+        judged = _judged("SELECT embedding, distance FROM nearest")
     return f"""
         WITH candidates AS MATERIALIZED (
             {candidates}
@@ -479,20 +485,21 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
             {_nearest(space, filtered)}
         )
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
-               {gave_up if graphs else "false"} AS gave_up, j.judged, j.cosine, j.length
+               {gave_up} AS gave_up, j.judged, j.cosine, j.length
         FROM nearest n
-        CROSS JOIN ({judged if graphs and not by_rows else _NOT_JUDGED}) j
+        CROSS JOIN ({judged}) j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """
 
 
-_JUDGED = f"""
+def _judged(rows: str) -> str:
+    """What :func:`_spread` needs of the nearest of ``rows``, which have an ``embedding`` and its ``distance``."""
+    return f"""
             SELECT count(*) AS judged, avg(1 - j.distance) AS cosine,
                    vector_norm(CAST(avg(l2_normalize(j.embedding)) AS vector)) AS length
-            FROM ({{}} ORDER BY distance LIMIT {JUDGED}) j
-        """
-_NOT_JUDGED = "SELECT 0 AS judged, CAST(NULL AS float8) AS cosine, CAST(NULL AS float8) AS length"
+            FROM ({rows} ORDER BY distance LIMIT {JUDGED}) j
+    """
 
 
 def _nearest(space: Space, filtered: str) -> str:
@@ -534,7 +541,11 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
         for condition in (filtered, "")
     )
     n_rows = ", ".join(f"({part.id}, {part.rows})" for part in graphs)
-    in_part = "(SELECT count(*) FROM looked x WHERE x.part = g.part{})"
+    judged = _judged(f"""
+                SELECT v.embedding, v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
+                FROM seen
+                JOIN {space.table_name} v USING (content_hash)
+    """)
     return f"""
         WITH near AS MATERIALIZED (
             {near}
@@ -564,25 +575,19 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
                EXISTS (
                    SELECT FROM (VALUES {n_rows}) g (part, n_rows)
-                   WHERE {in_part.format(" AND x.passes")} < least(:k, g.n_rows)
-                     AND {in_part.format("")} < g.n_rows
+                   WHERE (SELECT count(*) FROM looked x WHERE x.part = g.part AND x.passes) < least(:k, g.n_rows)
+                     AND (SELECT count(*) FROM looked x WHERE x.part = g.part) < g.n_rows
                ) AS gave_up,
                j.judged, j.cosine, j.length
         FROM nearest n
-        CROSS JOIN ({_JUDGED.format(_DISTANCES.format(space.vector_type, space.table_name))}) j
+        CROSS JOIN ({judged}) j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """
 
 
-_DISTANCES = """
-                SELECT v.embedding, v.embedding <=> CAST(:query AS {}) AS distance
-                FROM seen
-                JOIN {} v USING (content_hash)
-"""
-
-
 def _of_tail(space: Space, filtered: str) -> str:
+    """The ``:k`` nearest contents of the tail that have a chunk which passes."""
     return f"""(
         SELECT v.content_hash, 0 AS part
         FROM serving_tail t
@@ -641,6 +646,7 @@ def _of_segment(space: Space, segment: Segment, filtered: str, *, by_rows: bool)
 
 
 def _has_chunk(table: str, filtered: str) -> str:
+    """A condition: whether a chunk of the collection that passes has the content of a row of ``table``."""
     return f"""(
             SELECT true
             FROM chunks c

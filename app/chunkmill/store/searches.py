@@ -164,12 +164,19 @@ def tidy(conn: sa.Connection) -> None:
         ON CONFLICT (collection_id, space_id, since, bucket) DO UPDATE SET n = search_counts.n + excluded.n
     """
     conn.execute(sa.text(hours), {"fine": float(FINE_S)})
-    for table, moment in (("search_counts", "since"), ("search_feedback", "created_at")):
-        old = f"""
-            DELETE FROM {table} t
-            WHERE t.{moment} < now() - make_interval(days => :days)
-               OR NOT EXISTS (
-                   SELECT FROM collections k
-                   WHERE k.id = t.collection_id AND to_jsonb(k) ->> 'dropped_at' IS NULL)
-        """
+    counts = """
+        DELETE FROM search_counts t
+        WHERE t.since < now() - make_interval(days => :days)
+           OR NOT EXISTS (
+               SELECT FROM collections k
+               WHERE k.id = t.collection_id AND to_jsonb(k) ->> 'dropped_at' IS NULL)
+    """
+    feedback = """
+        DELETE FROM search_feedback t
+        WHERE t.created_at < now() - make_interval(days => :days)
+           OR NOT EXISTS (
+               SELECT FROM collections k
+               WHERE k.id = t.collection_id AND to_jsonb(k) ->> 'dropped_at' IS NULL)
+    """
+    for old in (counts, feedback):
         conn.execute(sa.text(old), {"days": KEPT_DAYS})

@@ -171,7 +171,7 @@ def traceparent() -> str | None:
     return carrier.get("traceparent")
 
 
-class Begun(Span):
+class OpenSpan(Span):
     """A span that another thread may end. It is nobody's current span."""
 
     def __init__(self, begun: Any, traceparent: str | None) -> None:
@@ -183,7 +183,7 @@ class Begun(Span):
         self._span.end()
 
 
-def begin(name: str, attributes: Attributes = NONE, *, kind: str, parent: str | None) -> Begun | None:
+def begin(name: str, attributes: Attributes = NONE, *, kind: str, parent: str | None) -> OpenSpan | None:
     """A span below ``parent``, which must be ended. None without a parent, and if nothing is traced."""
     if parent is None or (tracer := _tracer()) is None:
         return None
@@ -199,7 +199,7 @@ def begin(name: str, attributes: Attributes = NONE, *, kind: str, parent: str | 
     carrier: dict[str, str] = {}
     if begun.is_recording():
         propagator.inject(carrier, trace.set_span_in_context(begun, Context()))
-    span = Begun(begun, carrier.get("traceparent"))
+    span = OpenSpan(begun, carrier.get("traceparent"))
     span.set(attributes)
     return span
 

@@ -1,7 +1,7 @@
 """Profiles: what ``chunkmill tune`` measured for one model on one machine, stored for the workers of that machine.
 
 ``<home>/tuning/profiles`` has a file for each machine and model. ``<home>/tuning/memory`` has what engines learned when
-a device ran out of memory (``chunkmill_workers.engine.token_budget``). Home is CHUNKMILL_HOME or the user's data
+a device ran out of memory (``chunkmill_workers.engine.token_limit``). Home is CHUNKMILL_HOME or the user's data
 folder.
 """
 

@@ -52,6 +52,56 @@ def test_such_a_name_is_noticed(code: str) -> None:
     assert empty_names(code)
 
 
+ELSEWHERE = {
+    "lane": "workers/chunkmill_workers/(?:local|engine|host|supervisor|tuning)/",  # a lane is a paid or local route
+    "budget": "workers/chunkmill_workers/(?:local|engine|host|supervisor|tuning)/",  # a budget is in US dollars
+    "room": "workers/chunkmill_workers/(?:local|engine)/|app/chunkmill/gateway/",
+    "window": "app/chunkmill/openai/|workers/chunkmill_workers/process/",  # there a window is a text window
+    "cut": "(?!app/chunkmill/(?:chunking|cli/jobs)/)",  # only documents are cut
+}
+"""``word → the files in which no class or function has this word alone as its name``, or, for a lane and a budget,
+as a part of it."""
+
+
+def declared_names(text: str) -> set[str]:
+    """The names of the classes and functions of a module, in words: ``TokenLimit`` is ``token_limit``."""
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    names = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)}
+    return {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).strip("_").lower() for name in names}
+
+
+def misused(word: str, path: str, text: str) -> set[str]:
+    if not re.match(ELSEWHERE[word], path):
+        return set()
+    whole = word not in ("lane", "budget")
+    return {name for name in declared_names(text) if (name == word if whole else word in name.split("_"))}
+
+
+@pytest.mark.parametrize("word", ELSEWHERE)
+def test_a_word_of_the_glossary_names_nothing_else(word: str) -> None:
+    sources = [path for folder in ("app", "workers") for path in (ROOT / folder).rglob("*.py")]
+    assert {
+        str(path): names
+        for path in sources
+        if word in (text := path.read_text()).lower() and (names := misused(word, str(path.relative_to(ROOT)), text))
+    } == {}
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "code"),
+    [
+        ("lane", "workers/chunkmill_workers/local/lane.py", "class Lane: ..."),
+        ("budget", "workers/chunkmill_workers/engine/token_budget.py", "class TokenBudget: ..."),
+        ("room", "app/chunkmill/gateway/limits/room.py", "class Room: ..."),
+        ("window", "workers/chunkmill_workers/process/reporting.py", "class Window: ..."),
+        ("cut", "app/chunkmill/domain/planning.py", "def cut(): ..."),
+    ],
+)
+def test_another_meaning_of_a_word_is_noticed(word: str, path: str, code: str) -> None:
+    assert misused(word, path, code)
+    assert not misused(word, path, "class Nothing: ...")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_table_explains_a_thing_twice(page: Path) -> None:
     first = re.findall(r"^\| (.+?) \|", page.read_text().partition("## States")[0], re.MULTILINE)

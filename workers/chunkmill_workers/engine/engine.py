@@ -26,7 +26,7 @@ from chunkmill_workers.engine.collect import Collector
 from chunkmill_workers.engine.load import BackendName, EngineParts, ExactTwin, load_parts
 from chunkmill_workers.engine.long_texts import give_back_memory
 from chunkmill_workers.engine.loop import DeviceLoop, StreamResult
-from chunkmill_workers.engine.probe import MEMORY, Unfit, require_fit
+from chunkmill_workers.engine.probe import MEMORY, UnfitModel, require_fit
 from chunkmill_workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from chunkmill_workers.engine.run import Runner
 from chunkmill_workers.engine.steps import StepClock
@@ -53,7 +53,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._backend = parts.backend
         self._head = parts.head
-        self._token_budget = parts.token_budget
+        self._token_limit = parts.token_limit
         self._exact = ExactTwin(parts)
         self._runner = Runner(
             parts.backend,
@@ -61,10 +61,10 @@ class Engine:
             probe=tokenizer.probe,
             dimensions=self.dimensions,
             exact=self._exact,
-            shrink=parts.token_budget.shrink,
-            fitted=parts.token_budget.fitted,
+            shrink=parts.token_limit.shrink,
+            fitted=parts.token_limit.fitted,
         )
-        self._loop = DeviceLoop(self._runner, parts.token_budget, threads=parts.threads)
+        self._loop = DeviceLoop(self._runner, parts.token_limit, threads=parts.threads)
         self._tokenizing = StepClock()
         self.steps = {"a forward pass": self._loop.passes, "a call of the tokenizer": self._tokenizing}
         """The steps that may hang, by the names under which a watchdog reports them."""
@@ -124,7 +124,7 @@ class Engine:
         engine = cls(parts, on_long=on_long)
         try:
             engine._require_fit(parts, chosen=dtype != "auto")
-        except Unfit as unfit:
+        except UnfitModel as unfit:
             if dtype != "auto" or parts.backend.dtype == torch.float32 or isinstance(parts.backend, Int8Backend):
                 raise
             logger.warning("%s. It is loaded in fp32 instead", unfit)
@@ -180,7 +180,7 @@ class Engine:
     @property
     def batch_tokens(self) -> int:
         """The most tokens of one forward pass. It shrinks after a pass that did not fit the memory, and rises again."""
-        return self._token_budget.tokens
+        return self._token_limit.tokens
 
     @property
     def has_own_queries(self) -> bool:

@@ -1,4 +1,4 @@
-"""Loading a model: from the settings of an engine to the tokenizer, backend, head and token budget that it needs."""
+"""Loading a model: from the settings of an engine to the tokenizer, backend, head and token limit that it needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from chunkmill_workers.engine.precision import (
     resolve_dtype,
 )
 from chunkmill_workers.engine.probe import MEMORY
-from chunkmill_workers.engine.token_budget import TokenBudget
+from chunkmill_workers.engine.token_limit import TokenLimit
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class EngineParts:
     tokenizer: TextTokenizer
     backend: Backend
     head: Head
-    token_budget: TokenBudget
+    token_limit: TokenLimit
     threads: int
     """Threads that torch may use on a CPU."""
     query: EngineParts | None = None
@@ -124,8 +124,8 @@ def _load_static(folder: ModelFolder, options: _Options, threads: int) -> Engine
     tokenizer = TextTokenizer.load_static(folder.transformer)
     backend = StaticBackend.load(folder)
     tokenizer.check({}, backend.embedding_rows)
-    token_budget = TokenBudget(options.batch_tokens or STATIC_BATCH_TOKENS)
-    return EngineParts(folder, tokenizer, backend, Head(folder, backend.device), token_budget, threads)
+    token_limit = TokenLimit(options.batch_tokens or STATIC_BATCH_TOKENS)
+    return EngineParts(folder, tokenizer, backend, Head(folder, backend.device), token_limit, threads)
 
 
 def _load_side(folder: ModelFolder, options: _Options, threads: int) -> EngineParts:
@@ -163,8 +163,8 @@ def _load_side(folder: ModelFolder, options: _Options, threads: int) -> EnginePa
     tokenizer.check(config, loaded.embedding_rows)
     format_word = str(loaded.dtype).removeprefix("torch.")
     name = f"{device_name(on)}-{folder.spec.fingerprint[:16]}-{loaded.name}-{format_word}.json"
-    token_budget = TokenBudget(tokens, learned / name if learned is not None else None, least=folder.spec.max_tokens)
-    return EngineParts(folder, tokenizer, loaded, head, token_budget, threads)
+    token_limit = TokenLimit(tokens, learned / name if learned is not None else None, least=folder.spec.max_tokens)
+    return EngineParts(folder, tokenizer, loaded, head, token_limit, threads)
 
 
 class ExactTwin:

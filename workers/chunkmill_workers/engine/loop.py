@@ -28,7 +28,7 @@ from chunkmill.machine import core_blocks, cores
 from chunkmill_workers.engine.packing import RowQueue, choose
 from chunkmill_workers.engine.run import Pass, PassResult, Runner, TokenBatch
 from chunkmill_workers.engine.steps import StepClock
-from chunkmill_workers.engine.token_budget import TokenBudget
+from chunkmill_workers.engine.token_limit import TokenLimit
 from chunkmill_workers.engine.windows import Ids
 
 logger = logging.getLogger(__name__)
@@ -128,13 +128,13 @@ class _Flight:
 class DeviceLoop:
     """Feeds the rows of all streams to one :class:`Runner`.
 
-    ``token_budget`` is asked before every pass, because it may have shrunk. ``threads`` are torch's on a CPU: the
+    ``token_limit`` is asked before every pass, because it may have shrunk. ``threads`` are torch's on a CPU: the
     device threads share them, and a pass that runs alone has all of them. If the engine has the whole machine, each
     device thread keeps to cores of its own, because a scheduler may put two threads on one core and leave another idle.
     """
 
-    def __init__(self, runner: Runner, token_budget: TokenBudget, *, threads: int = 1) -> None:
-        self._token_budget = token_budget
+    def __init__(self, runner: Runner, token_limit: TokenLimit, *, threads: int = 1) -> None:
+        self._token_limit = token_limit
         self._total = threads
         self._most_threads = min(threads, MOST_DEVICE_THREADS) if runner.backend.concurrent else 1
         self._runner = runner
@@ -336,7 +336,7 @@ class DeviceLoop:
 
     def _most_tokens(self, rank: Rank) -> int:
         """The most tokens of the next TokenBatch, of this class."""
-        most = self._token_budget.tokens
+        most = self._token_limit.tokens
         if rank is Rank.INTERACTIVE or time.monotonic() - self._waited_at > WAITED_SECONDS:
             return most
         return int(min(most, max(SHORT_PASS_TOKENS, self._rate * SHORT_PASS_SECONDS)))

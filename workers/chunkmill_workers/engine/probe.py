@@ -39,7 +39,7 @@ _REASON_LENGTH: Final = 500
 _Identity = tuple[str, ...]
 
 
-class Unfit(ModelLoadError):
+class UnfitModel(ModelLoadError):
     """The model gives no usable vectors in this number format, and may give them in fp32."""
 
 
@@ -85,7 +85,7 @@ def require_fit(
 
     It takes two short forward passes. A model that passed is not asked again in this
     process: not in the same number format, by the same backend and on the same device. ``chosen`` says that the
-    operator chose the number format. If not, a model whose vectors are finite in fp32 only is :class:`Unfit`.
+    operator chose the number format. If not, a model whose vectors are finite in fp32 only is :class:`UnfitModel`.
     """
     identity = (*_of_folder(folder, backend.device), backend.name, _format(backend))
     if MEMORY.has_passed(identity):
@@ -161,7 +161,7 @@ class _Probe:
                     f"{self._name} was loaded, and left too little memory for a short text {self._where} ({reason}): "
                     "lower EMBEDDING_ENGINES, end what else uses the memory, or choose a smaller model"
                 ) from error
-            raise Unfit(
+            raise UnfitModel(
                 f"{self._name} was loaded, and then could not embed a short text {self._where} ({reason}): "
                 f"{self._otherwise}; if other models fail here too, check the device"
             ) from error
@@ -176,11 +176,13 @@ class _Probe:
     def _repaired(self, batch: TokenBatch) -> NDArray[np.float32]:
         """The vectors of a batch whose fast vectors are not finite: the engine computes such texts again, exactly."""
         if self._half and not self._chosen:
-            raise Unfit(f"{self._name} gives a short text a vector that is not finite {self._where}: {self._otherwise}")
+            raise UnfitModel(
+                f"{self._name} gives a short text a vector that is not finite {self._where}: {self._otherwise}"
+            )
         result = self._runner(batch)
         if result.failures:
             _, reason = next(iter(result.failures.values()))
-            raise Unfit(
+            raise UnfitModel(
                 f"{self._name} gives no short text a finite vector {self._where} ({reason}): its weights are damaged "
                 "or belong to another architecture, so copy the folder again, or choose another model"
             )
@@ -197,7 +199,7 @@ class _Probe:
         size = float(np.abs(alone).max())
         moved = float(np.abs(alone - beside).max()) / size if size else float(np.abs(beside).max())
         if moved > self._most_moves:
-            raise Unfit(
+            raise UnfitModel(
                 f"{self._name} gives a text another vector if a longer text is beside it {self._where} (its numbers "
                 f"move by {moved:.1%}), so no search could rely on its vectors: {self._otherwise}"
             )

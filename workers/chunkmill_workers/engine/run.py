@@ -122,7 +122,7 @@ class Runner:
         self._settle(started, np.arange(len(batch.rows)), self.backend, result)
         if result.too_big is not None and not any(code == "out_of_memory" for code, _ in result.failures.values()):
             # All rows fitted in smaller passes. A text that does not fit alone says nothing about the others, so after
-            # such a failure the token budget stays as it is.
+            # such a failure the token limit stays as it is.
             self._shrink(result.too_big)
         elif result.too_big is None and not result.failures:
             self._fitted(batch.tokens)

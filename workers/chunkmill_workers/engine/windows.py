@@ -55,7 +55,7 @@ class Rows:
     failures: tuple[TextFailure, ...]
 
 
-def cut(ids: Ids, limit: int, frame: Frame) -> Ids:
+def truncate(ids: Ids, limit: int, frame: Frame) -> Ids:
     """The row of ``limit`` tokens, (limit,) int32, that Hugging Face's truncation leaves. Special tokens stay."""
     body_end = len(ids) - len(frame.suffix)
     keep = limit - len(frame.prefix) - len(frame.suffix)
@@ -102,7 +102,7 @@ def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, 
             if on_long is OnLong.SPLIT:
                 own, shares = split(ids, limit, frame)
             else:
-                own = [cut(ids, limit, frame)]
+                own = [truncate(ids, limit, frame)]
                 truncated[index] = True
         rows += own
         owner += [index] * len(own)

@@ -19,7 +19,7 @@ MOST_BYTES = 1 << 20
 """A real answer has a few hundred bytes; Azure lists every machine of a scale set."""
 
 
-class Unusable(Exception):
+class MetadataError(Exception):
     """The service is away, slow, or answered what it should not. The message quotes nothing of the answer."""
 
 
@@ -27,7 +27,7 @@ class Aborted(Exception):
     """:meth:`MetadataService.abort` was called."""
 
 
-class TooLong(http.client.HTTPException):
+class TooLongReply(http.client.HTTPException):
     """More than ``MOST_BYTES``."""
 
 
@@ -39,8 +39,8 @@ class Reply:
     headers: http.client.HTTPMessage
     body: bytes
 
-    def unusable(self, why: str) -> Unusable:
-        return Unusable(f"{self.source} {why}")
+    def unusable(self, why: str) -> MetadataError:
+        return MetadataError(f"{self.source} {why}")
 
 
 class MetadataService:
@@ -56,7 +56,7 @@ class MetadataService:
         self._aborted = threading.Event()
 
     def request(self, method: str, path: str, headers: Mapping[str, str], *, seconds: float | None = None) -> Reply:
-        """Raises :class:`Unusable` if no complete answer came in time, whatever its status, and :class:`Aborted`."""
+        """The answer, whatever its status. Raises :class:`MetadataError` if none came in time, or :class:`Aborted`."""
         source = f"{method} {self.url}{path.partition('?')[0]}"
         deadline = time.monotonic() + (self.patience if seconds is None else seconds)
         connection = http.client.HTTPConnection(self._host, self._port)
@@ -69,7 +69,7 @@ class MetadataService:
             if self._aborted.is_set():
                 raise Aborted from None
             because = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-            raise Unusable(f"{source} failed: {because}") from error
+            raise MetadataError(f"{source} failed: {because}") from error
         finally:
             connection.close()
         self.pause(0)  # abort() may have cut an answer without a length
@@ -112,7 +112,7 @@ class MetadataService:
 def _read(source: str, response: http.client.HTTPResponse) -> Reply:
     reply = Reply(source, response.status, response.headers, response.read(MOST_BYTES + 1))
     if len(reply.body) > MOST_BYTES:
-        raise TooLong
+        raise TooLongReply
     if response.length:  # read() with a number of bytes does not notice that the rest of the promised length is missing
         raise http.client.IncompleteRead(b"", response.length)
     return reply

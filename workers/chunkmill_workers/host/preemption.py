@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from urllib.parse import quote
 
 from chunkmill.settings import Settings
-from chunkmill_workers.host.metadata import LINK_LOCAL, Aborted, MetadataService, Reply, Unusable
+from chunkmill_workers.host.metadata import LINK_LOCAL, Aborted, MetadataError, MetadataService, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ PROBE_ROUNDS = 3
 
 
 class Provider(Protocol):
-    """The metadata service of one cloud. Both methods raise :class:`Unusable` and :class:`Aborted`."""
+    """The metadata service of one cloud. Both methods raise :class:`MetadataError` and :class:`Aborted`."""
 
     name: str
 
@@ -92,7 +92,7 @@ class PreemptionWatcher(threading.Thread):
             for failures in range(PROBE_ROUNDS):
                 self._service.pause(_back_off(failures))
                 for provider in self._providers:
-                    with contextlib.suppress(Unusable):
+                    with contextlib.suppress(MetadataError):
                         provider.identify()
                         return provider
         finally:
@@ -104,7 +104,7 @@ class PreemptionWatcher(threading.Thread):
         while True:
             try:
                 notice = provider.look()
-            except Unusable as trouble:
+            except MetadataError as trouble:
                 self._warn_once(f"{provider.name}: {trouble}. Asking again; until it answers, a notice is missed")
                 failures += 1
                 self._service.pause(_back_off(failures))
@@ -190,7 +190,7 @@ class Aws:
             hint = self._document("/latest/meta-data/events/recommendations/rebalance")
             if hint is not None and not isinstance(hint[1].get("noticeTime"), str):
                 raise hint[0].unusable("answered no noticeTime")
-        except Unusable as trouble:
+        except MetadataError as trouble:
             self._warn_once(f"{self.name}: {trouble}. The rebalance hint is missed; the notice itself is watched")
             return None
         if hint is None:

@@ -15,7 +15,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.local.canary import CanaryCheck
 from chunkmill_workers.local.engines import Engines
-from chunkmill_workers.local.suspects import Room
+from chunkmill_workers.local.suspects import Workroom
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
 
@@ -28,7 +28,7 @@ class WorkerContext(QueueContext):
     def __init__(self, settings: Settings, db: sa.Engine, engines: Engines, leases: LeaseKeeper, *, name: str) -> None:
         super().__init__(settings, db, leases, name=name)
         self.engines = engines
-        self.room = Room()
+        self.workroom = Workroom()
         self.broken: str | None = None
         """Why the device runs nothing any more, if that is so. The watchdog then ends the worker."""
         self._canary = CanaryCheck(self.begin, self.name)

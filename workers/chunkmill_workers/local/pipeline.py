@@ -65,7 +65,7 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
 
 
 def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskResult:
-    with context.room.entered():
+    with context.workroom.entered():
         lease = _claim(context, chunk_batch_id)
         if lease is None:
             return TaskResult.NOT_OURS  # done, held, not due, or left to others
@@ -73,8 +73,8 @@ def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskRe
             with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
                 return _counted(_run(context, held))
         # A suspect is not held while others are embedded here: if they killed the worker, it would be blamed.
-        _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.room.has_suspect else 0.0)
-        with context.room.alone() as alone:
+        _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.workroom.has_suspect else 0.0)
+        with context.workroom.alone() as alone:
             lease = _claim(context, lease.chunk_batch_id, in_turn=False) if alone else None
             if lease is None:
                 return TaskResult.RELEASED

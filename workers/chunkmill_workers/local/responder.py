@@ -1,4 +1,4 @@
-"""Takes the requests that wait in Postgres, lets the lane embed them, and writes the answers."""
+"""Takes the requests that wait in Postgres, has them embedded, and writes the answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.loop import Rank
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Lane, LaneRequest, NobodyWaits, WorkerLeaves
+from chunkmill_workers.local.embedder import AwaitedRequest, NobodyWaits, RequestEmbedder, WorkerLeaves
 from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.process.unserved import UnservedWork
 
@@ -30,12 +30,12 @@ CLAIM_REQUESTS: Final = 256
 CLAIM_TEXTS: Final = 1_024
 CLAIM_SECONDS: Final = 0.5
 CLAIM_TOKENS: Final = (2_048, 131_072)
-"""A claim takes what the lane embeds in about CLAIM_SECONDS, between these numbers of estimated tokens. What one worker
-holds, an idle one cannot take."""
+"""A claim takes what the worker embeds in about CLAIM_SECONDS, between these numbers of estimated tokens. What one
+worker holds, an idle one cannot take."""
 MOST_OPEN: Final = 1_024
 """The most requests that a worker holds at a time."""
 HELD_LARGE: Final = 4
-"""How many large requests of different callers wait in a worker at a time, so that they take turns in the lane."""
+"""How many large requests of different callers wait in a worker at a time, so that they take turns."""
 IDLE_FIRST_SECONDS: Final = 0.003
 """How long a worker that is busy leaves a new request to those that are idle. Its own device has work meanwhile."""
 ASK_SECONDS: Final = 0.1
@@ -47,17 +47,17 @@ HANGS_SECONDS: Final = 25.0
 class EmbedResponder(Responder[WorkerContext]):
     """Answers embed requests in the spaces that this worker serves, many at a time.
 
-    Its own thread listens, claims and renews the leases. The threads of the ``lane`` embed, and write the answers when
-    a pass has landed, while another slice is computed. So Postgres is never what the device waits for.
+    Its own thread listens, claims and renews the leases. The threads of the ``embedder`` write the answers when a pass
+    has landed, while another slice is computed. So Postgres is never what the device waits for.
     """
 
     def __init__(self, context: WorkerContext) -> None:
         super().__init__("embed-requests", context)
-        self.lane = Lane(context, on_landed=self._write, on_room=self.wake)
+        self.embedder = RequestEmbedder(context, on_landed=self._write, on_room=self.wake)
         """Requests that did not come from Postgres may be submitted here too."""
         self._may_wait = True
         """Whether requests may wait in Postgres that this worker would take."""
-        self._held = _Held(context)
+        self._held = _HeldRequests(context)
         self._mutex = threading.Lock()
         self._answers: list[EmbedAnswer] = []
         self._refused: list[tuple[int, Exception]] = []
@@ -72,48 +72,48 @@ class EmbedResponder(Responder[WorkerContext]):
         or is broken."""
         if self._leaves or not self._claim_some():
             return False
-        self.lane.settle()
+        self.embedder.settle()
         return True
 
     def look(self, *, may_wait: bool) -> None:
-        """Claim what the lane has room for, and keep what it holds."""
+        """Claim what the embedder has room for, and keep what it holds."""
         if self._leaves:
-            self.lane.close()
+            self.embedder.close()
             self._held.renew_if_due()
             return
         self._held.renew_if_due()
-        self.lane.drop_late()
+        self.embedder.drop_late()
         self._may_wait |= may_wait
-        while self._may_wait and self.lane.n_open < MOST_OPEN and not self.lane.waiting(Rank.INTERACTIVE):
-            self.lane.wait_until_idle(IDLE_FIRST_SECONDS)
+        while self._may_wait and self.embedder.n_open < MOST_OPEN and not self.embedder.waiting(Rank.INTERACTIVE):
+            self.embedder.wait_until_idle(IDLE_FIRST_SECONDS)
             if not self._claim_some():
                 break
-        COUNTS.set(m.EMBED_OPEN, self.lane.n_open)
+        COUNTS.set(m.EMBED_OPEN, self.embedder.n_open)
 
     def run(self) -> None:
-        self.lane.start()
+        self.embedder.start()
         try:
             super().run()
         finally:
-            self.lane.close()
+            self.embedder.close()
 
     def stop(self) -> None:
         """End the threads, after the slices that are being computed. What still waited is given back."""
         super().stop()
-        self.lane.close()
-        self.lane.join(5)
+        self.embedder.close()
+        self.embedder.join(5)
 
     @property
     def _leaves(self) -> bool:
         return self._context.stopping.is_set() or self._context.broken is not None
 
     def _claim_some(self) -> bool:
-        """Claim requests and submit them to the lane. Returns whether there were any."""
-        large = self.lane.waiting(Rank.SYNCHRONOUS)
+        """Claim requests and submit them to the embedder. Returns whether there were any."""
+        large = self.embedder.waiting(Rank.SYNCHRONOUS)
         callers = sorted({asked.caller for asked in large if asked.caller})
         is_full = len(large) >= HELD_LARGE
         least, most = CLAIM_TOKENS
-        tokens = int(min(most, max(least, self.lane.tokens_per_second * CLAIM_SECONDS)))
+        tokens = int(min(most, max(least, self.embedder.tokens_per_second * CLAIM_SECONDS)))
         is_all = True
 
         def claim(conn: sa.Connection, not_spaces: list[int]) -> Sequence[EmbedRequest]:
@@ -130,17 +130,17 @@ class EmbedResponder(Responder[WorkerContext]):
             is_all = claimed.is_all
             return claimed.requests
 
-        requests = self.claim(claim, loading=self.lane.loading)
+        requests = self.claim(claim, loading=self.embedder.loading)
         # What this claim was not allowed to take may wait.
         self._may_wait = not is_all or is_full or bool(callers)
         self._held.add([request for request, _ in requests])
         for request, space in requests:
-            self.lane.submit(self._asked(request, space))
+            self.embedder.submit(self._asked(request, space))
         return bool(requests)
 
-    def _asked(self, request: EmbedRequest, space: Space) -> LaneRequest:
+    def _asked(self, request: EmbedRequest, space: Space) -> AwaitedRequest:
         left = request.seconds_left
-        return LaneRequest(
+        return AwaitedRequest(
             space,
             "query" if request.kind == "query" else "document",
             request.texts,
@@ -162,7 +162,7 @@ class EmbedResponder(Responder[WorkerContext]):
             # The request is not the reason: its lease ends, and another worker answers. The watchdog ends this worker.
             self._context.broken = str(error)
             self._held.remove([request_id])
-            self.lane.close()
+            self.embedder.close()
         elif isinstance(error, NobodyWaits):
             self._held.remove([request_id])
             COUNTS.add(m.EMBED_REQUESTS, 1, "dropped")
@@ -193,7 +193,7 @@ class EmbedResponder(Responder[WorkerContext]):
                     COUNTS.add(m.EMBED_REQUESTS, 1, "refused" if is_told else "left")
 
 
-class _Held:
+class _HeldRequests:
     """The requests that a worker has claimed and not answered, with their leases as they are now."""
 
     def __init__(self, context: WorkerContext) -> None:

@@ -1,4 +1,4 @@
-"""A worker's socket: callers on the same machine send requests straight to the lane, without rows in Postgres.
+"""A worker's socket: callers on the same machine send requests straight to the embedder, without rows in Postgres.
 
 It is an accelerator that may be missing. A worker that cannot listen goes on without it, and callers that cannot reach
 it, or are refused, ask through Postgres. ``chunkmill.domain.frames`` describes what goes over the wire.
@@ -40,7 +40,7 @@ from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.lane import Kind, Lane, LaneRequest, NobodyWaits, WorkerLeaves
+from chunkmill_workers.local.embedder import AwaitedRequest, Kind, NobodyWaits, RequestEmbedder, WorkerLeaves
 from chunkmill_workers.local.responder import HANGS_SECONDS, MOST_OPEN
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ READ_BYTES: Final = 256 * 1024
 
 
 class _Connection:
-    """A caller's connection. The thread of the server reads from it; threads of the lane write answers to it."""
+    """A caller's connection. The thread of the server reads from it; threads of the embedder write answers to it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -72,7 +72,7 @@ class _Connection:
         self._unsent = bytearray()
         self._is_closed = False
         self._open: dict[int, tuple[int, int]] = {}
-        """``number → texts and bytes`` of the requests that the lane has."""
+        """``number → texts and bytes`` of the requests that the embedder has."""
         self._cancelled: set[int] = set()
 
     @property
@@ -107,7 +107,7 @@ class _Connection:
             return not self._is_closed and number not in self._cancelled
 
     def end(self, number: int) -> bool:
-        """The lane is done with a request. Returns whether somebody waits for it."""
+        """The embedder is done with a request. Returns whether somebody waits for it."""
         with self._mutex:
             n_texts, n_bytes = self._open.pop(number)
             self.n_texts -= n_texts
@@ -151,12 +151,12 @@ class WorkerSocketServer:
     """Listens where ``where`` says: ``auto``, ``unix:FOLDER`` or ``tcp:HOST:PORT``. :meth:`start` returns at once.
 
     One thread reads from all connections. A second one writes the worker's row every few seconds, with the spaces whose
-    models are loaded. Answers are sent by the threads of the lane.
+    models are loaded. Answers are sent by the threads of the embedder.
     """
 
-    def __init__(self, context: WorkerContext, lane: Lane, where: str) -> None:
+    def __init__(self, context: WorkerContext, embedder: RequestEmbedder, where: str) -> None:
         self._context = context
-        self._lane = lane
+        self._embedder = embedder
         self._where = where
         self._token = secrets.token_bytes(32)
         self._boot = this_boot()
@@ -383,12 +383,12 @@ class WorkerSocketServer:
             space is None or space.spec.fingerprint != question.fingerprint or self._context.ready_engine(space) is None
         ):
             self._refuse(connection, one.number, Refusal.SPACE)
-        elif self._lane.n_open >= MOST_OPEN or not connection.begin(one.number, len(question.texts), len(one.body)):
+        elif self._embedder.n_open >= MOST_OPEN or not connection.begin(one.number, len(question.texts), len(one.body)):
             self._refuse(connection, one.number, Refusal.FULL)
         else:
             kind: Kind = "query" if question.kind == "query" else "document"
-            self._lane.submit(
-                LaneRequest(
+            self._embedder.submit(
+                AwaitedRequest(
                     space,
                     kind,
                     question.texts,
@@ -402,7 +402,7 @@ class WorkerSocketServer:
                 )
             )
 
-    # --- in the threads of the lane -----------------------------------------------------------------------------------
+    # --- in the threads of the embedder -------------------------------------------------------------------------------
 
     def _on_answer(self, connection: _Connection, number: int, answer: EmbeddedTexts) -> None:
         is_wanted = connection.end(number)
@@ -414,7 +414,7 @@ class WorkerSocketServer:
         is_wanted = connection.end(number)
         if isinstance(error, DeviceFailed):
             self._context.broken = str(error)  # the watchdog ends this worker
-            self._lane.close()
+            self._embedder.close()
         leaves = isinstance(error, DeviceFailed | WorkerLeaves)
         is_dropped = isinstance(error, NobodyWaits) or not is_wanted
         COUNTS.add(m.EMBED_REQUESTS, 1, "dropped" if is_dropped else "left")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 
-class Room:
+class Workroom:
     """Admits many ChunkBatches at a time, or one suspect by itself."""
 
     def __init__(self) -> None:
@@ -23,13 +23,13 @@ class Room:
 
     @property
     def has_suspect(self) -> bool:
-        """Whether a suspect is alone in the room or waits to be."""
+        """Whether a suspect is alone in it or waits to be."""
         with self._changed:
             return self._suspect
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Enter when no suspect is alone in the room or waits to be.
+        """Enter when no suspect is alone in it or waits to be.
 
         Claim inside: a lease that waited outside could be lost through the fault of another ChunkBatch.
         """

@@ -109,7 +109,7 @@ class Watchdog(threading.Thread):
         except PUBLISH_ERRORS:
             waiting = 0  # Redis is away, so no worker can consume
         refused, self._refused = self._refused, COUNTS.total(metrics.REFUSED)
-        if not waiting or context.room.inside or refused != self._refused:
+        if not waiting or context.workroom.inside or refused != self._refused:
             self._waiting_since = None
             return None
         since = self._waiting_since = max(self._waiting_since or now, context.last_doorbell)

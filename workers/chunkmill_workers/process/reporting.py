@@ -57,7 +57,7 @@ def _device(claimed: ClaimedDevice | None) -> str | None:
     return (claimed.gpu or claimed.device) if claimed else None
 
 
-class Window:
+class LastMinute:
     """Counts what was done in the last minute."""
 
     def __init__(self, counts: Counts) -> None:
@@ -68,7 +68,7 @@ class Window:
         """The seconds that passed, and what was counted in them in the order of ``COUNTED``."""
         now = time.monotonic()
         self._looks.append((now, self._totals()))
-        # Keep the newest look that is at least a window old, so that the window is full.
+        # Keep the newest look that is at least a minute old, so that the minute is full.
         while len(self._looks) > 2 and now - self._looks[1][0] >= WINDOW_SECONDS:
             self._looks.popleft()
         then, before = self._looks[0]
@@ -87,7 +87,7 @@ class Reporter(threading.Thread):
         self._worker = worker
         self._gpu = gpu
         self._counts = counts
-        self._window = Window(counts)
+        self._last_minute = LastMinute(counts)
         self._started_at = datetime.now(UTC)
         self._stop_reporting = threading.Event()
         self._said_why = False
@@ -124,7 +124,7 @@ class Reporter(threading.Thread):
         use = self._gpu.use() if self._gpu else NO_GPU
         held = self._worker.held()
         self._set_gauges(use, held)
-        seconds, (contents, tokens, padded, engine_seconds) = self._window.take()
+        seconds, (contents, tokens, padded, engine_seconds) = self._last_minute.take()
         report = Report(
             name=self._context.name,
             kind=self._worker.kind,

@@ -148,7 +148,7 @@ class WorkerProcess:
         if self.settings.worker_socket != "off":
             from chunkmill_workers.local.sockets import WorkerSocketServer
 
-            self._responders.append(WorkerSocketServer(self._local, responder.lane, self.settings.worker_socket))
+            self._responders.append(WorkerSocketServer(self._local, responder.embedder, self.settings.worker_socket))
 
     def _start_provider(self) -> None:
         from chunkmill_workers.provider.context import ProviderContext

@@ -26,9 +26,16 @@ from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import usage
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, RetryUncharged, StopLane, after_line_error
+from chunkmill.openai.plan.endings import (
+    BuryContent,
+    RetryCharged,
+    RetryUncharged,
+    SendAlone,
+    StopLane,
+    after_line_error,
+)
 from chunkmill.openai.wire.answers import EmbeddedRequest, longest_file
-from chunkmill.openai.wire.jsonl import RefusedRequest, Unreadable, decode_line
+from chunkmill.openai.wire.jsonl import RefusedRequest, UnreadableLine, decode_line
 from chunkmill.openai.wire.status import RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics
@@ -108,7 +115,7 @@ class ResultReader:
             tokens_factor=tokens_factor(self._model),
             secrets=self._context.provider.secrets,
         )
-        if isinstance(answer, Unreadable):
+        if isinstance(answer, UnreadableLine):
             if not self._was_answered_before(answer.request_no):
                 self.oddities[answer.code] += 1
         elif answer.request_no in self._answered:
@@ -141,8 +148,8 @@ class ResultReader:
         sent = provider_inputs.of_requests(conn, step.id, [*pending.embedded, *pending.refused])
         written: list[InFlight] = []
         vectors: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
-        returned = _Returned()
-        answered = _Answered()
+        returned = _ReturnedContents()
+        answered = _AnsweredCounts()
         refusals = {
             name: refuse_model(conn, space.id, asked=self._model.name, answered=name)
             for name in dict.fromkeys(answer.model for answer in pending.embedded.values())
@@ -201,7 +208,7 @@ class ResultReader:
 
 
 @dataclass(slots=True)
-class _Returned:
+class _ReturnedContents:
     """Contents that came back without a vector, by what follows: a dead chunk, a request alone, or another attempt."""
 
     dead: list[tuple[InFlight, str, str]] = field(default_factory=list)
@@ -213,9 +220,9 @@ class _Returned:
 
     def add(self, rows: Sequence[InFlight], refusal: RefusedRequest) -> None:
         verdict = after_line_error(refusal.status, refusal.code, refusal.message, n_inputs_in_request=len(rows))
-        if isinstance(verdict, Dead):
+        if isinstance(verdict, BuryContent):
             self.dead += [(row, verdict.code, verdict.reason) for row in rows]
-        elif isinstance(verdict, Alone):
+        elif isinstance(verdict, SendAlone):
             self.alone += [(row, verdict.reason) for row in rows]
         elif isinstance(verdict, RetryCharged):
             self.failed += [(row, refusal.code, verdict.reason) for row in rows]
@@ -250,7 +257,7 @@ class _Returned:
 
 
 @dataclass(slots=True)
-class _Answered:
+class _AnsweredCounts:
     """How many contents and tokens were answered, and so are paid for: by job for the bill, and by attempt."""
 
     by_job: dict[int, tuple[int, int]] = field(default_factory=dict)

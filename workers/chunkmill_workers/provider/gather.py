@@ -17,7 +17,7 @@ from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
-from chunkmill.ledger.provider.provider_room import Room, room
+from chunkmill.ledger.provider.provider_room import ProviderRoom, room
 from chunkmill.ledger.provider.provider_work import WaitingChunkBatch
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.limits import Headroom
@@ -122,7 +122,9 @@ def _waiting(conn: sa.Connection, space: Space) -> Iterator[WaitingChunkBatch]:
 class _BatchFiller:
     """Fills one ProviderBatch. Each ChunkBatch is recorded in the ledger before the next one is looked at."""
 
-    def __init__(self, context: ProviderContext, conn: sa.Connection, step: Step, space: Space, left: Room) -> None:
+    def __init__(
+        self, context: ProviderContext, conn: sa.Connection, step: Step, space: Space, left: ProviderRoom
+    ) -> None:
         model = context.model(space)
         self._context = context
         self._conn, self._step, self._space = conn, step, space
@@ -149,7 +151,7 @@ class _BatchFiller:
                 )
             return False
         if full:
-            provider_work.cut(self._conn, waiting, contribution.kept)
+            provider_work.split(self._conn, waiting, contribution.kept)
         lease = provider_work.begin(self._conn, waiting, self._step)
         rows = self.packer.rows[first_row:]
         provider_inputs.add(

@@ -33,7 +33,7 @@ from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.provider.provider_inputs import UnansweredRequests
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.endings import Alone, after_line_error
+from chunkmill.openai.plan.endings import SendAlone, after_line_error
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.requests import PlainRequest, first_request
 from chunkmill.openai.wire.answers import EmbeddedRequest
@@ -282,7 +282,7 @@ class _Question:
 
 def _is_too_large(refused: ProviderRefused) -> bool:
     verdict = after_line_error(refused.status, refused.provider_code, str(refused), n_inputs_in_request=2)
-    return isinstance(verdict, Alone) and verdict.too_large
+    return isinstance(verdict, SendAlone) and verdict.too_large
 
 
 _POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}

@@ -18,7 +18,7 @@ from chunkmill.errors import ProviderRefused, ProviderSilent
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
-from chunkmill.openai.plan.endings import Alone, Dead, after_line_error
+from chunkmill.openai.plan.endings import BuryContent, SendAlone, after_line_error
 from chunkmill.openai.plan.inputs import ProviderInput
 from chunkmill.openai.plan.requests import PlainRequest, first_request
 from chunkmill.spaces.registry import Space
@@ -137,10 +137,10 @@ class Sender:
         verdict = after_line_error(
             refused.status, refused.provider_code, str(refused), n_inputs_in_request=len(request.items)
         )
-        if isinstance(verdict, Dead):
+        if isinstance(verdict, BuryContent):
             content = request.items[0].content_hash
             self._attempt.dead.append(DeadContent(content, verdict.code, verdict.reason))
-        elif isinstance(verdict, Alone):
+        elif isinstance(verdict, SendAlone):
             failed = self._attempt.n_failed
             if verdict.too_large:
                 self._context.health.too_large(self._model.name, request.inputs)

@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from chunkmill.db.connect import UNDEFINED_TABLE, create_db, refusal, sqlstate
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError
-from chunkmill.ledger.dead.deaths import TakenBack, take_back_from
+from chunkmill.ledger.dead.deaths import TakenBackCounts, take_back_from
 from chunkmill.ledger.work.chunk_batches import release_all
 from chunkmill.ledger.work.usage import book_released
 from chunkmill.monitor import reports
@@ -227,7 +227,7 @@ def _signals() -> Iterator[Callable[[float | None], bytes]]:
             signal.set_wakeup_fd(-1)
 
 
-class TakeBack:
+class LeaseRecovery:
     """Takes back the leases of dead workers, in a thread of its own because Postgres may take long to answer."""
 
     def __init__(self, db: sa.Engine) -> None:
@@ -259,7 +259,7 @@ class TakeBack:
                     reports.remove(conn, owner)  # else `status` would show a worker that is silent
                 if evidence is None:
                     book_released(conn, owner)
-                    taken = TakenBack(available=release_all(conn, owner))
+                    taken = TakenBackCounts(available=release_all(conn, owner))
                 else:
                     taken = take_back_from(conn, owner, evidence=evidence)
         except Exception as error:  # noqa: BLE001 - the next report must be handled
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str]) -> int:
     configure(settings.log_level, settings.log_format)
     device = settings.embedding_device
     places = plan_places(device, [] if device == "cpu" else visible_gpus())
-    ledger = TakeBack(create_db(settings.require_database_url(), role="supervisor", pool_size=1))
+    ledger = LeaseRecovery(create_db(settings.require_database_url(), role="supervisor", pool_size=1))
     command = [*WORKER, *arguments]
     code = Supervisor(places, command, ledger.report, QueueClearing(settings, command).start).run()
     ledger.close(REPORT_SECONDS)

@@ -71,7 +71,7 @@ class LoadedEngine:
         started = time.perf_counter()
         embedded = self._engine.embed(texts)
         seconds = time.perf_counter() - started
-        self._check_budget()
+        self._check_token_limit()
         return {
             "vectors": base64.b64encode(np.ascontiguousarray(embedded.vectors, "<f4").tobytes()).decode(),
             "tokens": embedded.timings.tokens,
@@ -87,7 +87,7 @@ class LoadedEngine:
         with ThreadPoolExecutor(self._parallel) as pool:
             tokens = sum(pool.map(lambda part: self._engine.embed(part).timings.tokens, parts))
         seconds = time.perf_counter() - started
-        self._check_budget()
+        self._check_token_limit()
         latencies = []
         for _ in range(_LATENCY_CALLS):
             asked = time.perf_counter()
@@ -96,7 +96,7 @@ class LoadedEngine:
         numbers = {"tokens": tokens, "seconds": seconds, "latency_ms": statistics.median(latencies)}
         return numbers | {"peak_mib": self._peak_mib(), "memory_mib": self._memory_mib()}
 
-    def _check_budget(self) -> None:
+    def _check_token_limit(self) -> None:
         if self._engine.batch_tokens < self._asked:
             raise EngineError(
                 f"a pass of {self._asked:,} tokens does not fit the device's memory; {self._engine.batch_tokens:,} do"

@@ -33,15 +33,15 @@ class Grid:
     """The values that are tried. The first of ``threads`` and of ``parallel_batches`` is the default."""
 
     kinds: Sequence[tuple[Backend, Dtype]]
-    budgets: Sequence[int]
-    default_budget: int
+    batch_tokens: Sequence[int]
+    default_batch_tokens: int
     threads: Sequence[int]
     parallel_batches: Sequence[int]
 
     @property
     def steps(self) -> int:
         """How many measurements there will be at most."""
-        screened = len(self.kinds) + _half(len(self.kinds)) * (len(self.budgets) - 1)
+        screened = len(self.kinds) + _half(len(self.kinds)) * (len(self.batch_tokens) - 1)
         screened += WINNERS * (len(self.threads) - 1 + len(self.parallel_batches) - 1)
         return screened + ROUNDS * (min(FINALISTS, screened) + min(WINNERS, screened))
 
@@ -65,12 +65,12 @@ class Search:
         """Try the setups. Returns all candidates in the order in which they were tried."""
         grid = self._grid
         first = [
-            Setup(backend, dtype, grid.default_budget, grid.threads[0], grid.parallel_batches[0])
+            Setup(backend, dtype, grid.default_batch_tokens, grid.threads[0], grid.parallel_batches[0])
             for backend, dtype in grid.kinds
         ]
         self._screen(first)
         kept = self._best(_half(len(first)))
-        self._screen(replace(setup, batch_tokens=budget) for setup in kept for budget in grid.budgets)
+        self._screen(replace(setup, batch_tokens=tokens) for setup in kept for tokens in grid.batch_tokens)
         self._screen(replace(setup, threads=count) for setup in self._best(WINNERS) for count in grid.threads)
         self._screen(
             replace(setup, parallel_batches=count) for setup in self._best(WINNERS) for count in grid.parallel_batches

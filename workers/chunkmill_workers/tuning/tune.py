@@ -54,7 +54,7 @@ class Order:
     texts: Sequence[str]
     backends: Sequence[Backend] = ()
     dtypes: Sequence[Dtype] = ()
-    budgets: Sequence[int] = ()
+    batch_tokens: Sequence[int] = ()
     threads: Sequence[int] = ()
     seconds: float = 2.0
     """How long a pass over the texts takes at fp32's speed."""
@@ -85,7 +85,7 @@ def run(order: Order, emit: Emit) -> None:
     grid = _grid(order, settings, machine, own, threads, exact.tokens / exact.seconds)
     per_character = sum(exact.n_tokens) / sum(map(len, gate))
     weights = [min(len(text) * per_character, folder.spec.max_tokens) for text in order.texts]
-    wanted = max(PASS_TOKENS[on], max(grid.budgets), order.seconds * exact.tokens / exact.seconds)
+    wanted = max(PASS_TOKENS[on], max(grid.batch_tokens), order.seconds * exact.tokens / exact.seconds)
     task = replace(task, texts=take(order.texts, weights, wanted))
     done = 0
 
@@ -113,7 +113,8 @@ def with_stated(order: Order, settings: Settings) -> Order:
         order,
         backends=order.backends or ([] if backend == "auto" else [backend]),
         dtypes=order.dtypes or ([] if dtype == "auto" else [_LONG.get(dtype) or cast("Dtype", dtype)]),
-        budgets=order.budgets or ([settings.embedding_batch_tokens] if settings.embedding_batch_tokens else []),
+        batch_tokens=order.batch_tokens
+        or ([settings.embedding_batch_tokens] if settings.embedding_batch_tokens else []),
     )
 
 
@@ -163,12 +164,12 @@ def _grid(
     standard = CPU_BUDGETS if on == "cpu" else CUDA_BUDGETS
     # A size that a slow model fills only once in a pass cannot be measured, and gains nothing either.
     filled = max(PASS_TOKENS[on], order.seconds * exact_speed) / PASS_FILLS
-    budgets = sorted(order.budgets) or [budget for budget in standard if budget <= max(filled, standard[0])]
-    middle = min(budgets, key=lambda budget: abs(budget - (1024 if on == "cpu" else 32_768)))
+    batch_tokens = sorted(order.batch_tokens) or [tokens for tokens in standard if tokens <= max(filled, standard[0])]
+    middle = min(batch_tokens, key=lambda tokens: abs(tokens - (1024 if on == "cpu" else 32_768)))
     parallel = [settings.embedding_parallel_batches]
     if on == "cuda" and "embedding_parallel_batches" not in settings.model_fields_set:
         parallel += [count for count in CUDA_PARALLEL if count not in parallel]
-    return Grid(kinds, budgets, middle, threads, parallel)
+    return Grid(kinds, batch_tokens, middle, threads, parallel)
 
 
 def _formats(backend: Backend, machine: Machine, precision: Precision) -> list[Dtype]:

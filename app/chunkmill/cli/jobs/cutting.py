@@ -20,7 +20,7 @@ DOCUMENT_SUFFIXES = frozenset(KINDS)
 
 
 @dataclass(frozen=True, slots=True)
-class Uncut:
+class UncutDocument:
     """A document that cannot be cut. ``problem`` says why, and ``name`` is its id, if that is known."""
 
     problem: str
@@ -37,7 +37,7 @@ class Cutter:
         self.documents = 0
         self.chunks = 0
 
-    def file(self, path: Path, skipped: SkippedEntries, encoding: str | None) -> Iterator[Chunk | Uncut]:
+    def file(self, path: Path, skipped: SkippedEntries, encoding: str | None) -> Iterator[Chunk | UncutDocument]:
         """The chunks of a document that was named itself. Its id is its name."""
         with Folder(path.resolve().parent) as folder:
             document = FolderFile(folder, path.name, (path.resolve().name,))
@@ -45,19 +45,19 @@ class Cutter:
 
     def document(
         self, document: FolderFile, path: Path, skipped: SkippedEntries, encoding: str | None, *, is_named: bool = False
-    ) -> Iterator[Chunk | Uncut]:
+    ) -> Iterator[Chunk | UncutDocument]:
         """The chunks of a document. One without a text is skipped, and so is one of links, unless it ``is_named``."""
         if document.problem is not None:
-            yield Uncut(document.problem, document.name if document.has_no_id else None)
+            yield UncutDocument(document.problem, document.name if document.has_no_id else None)
             return
         try:
             with document.open() as file:
                 text = self._read(file, document.name, encoding)
         except UnreadableDocument as error:
-            yield Uncut(str(error), document.name)
+            yield UncutDocument(str(error), document.name)
             return
         except OSError as error:
-            yield Uncut(f"cannot be read: {error.strerror or error}", document.name)
+            yield UncutDocument(f"cannot be read: {error.strerror or error}", document.name)
             return
         if not text.blocks:
             skipped.add(path, "has no text")
@@ -68,7 +68,7 @@ class Cutter:
         self.documents += 1
         yield from self._counted(self._chunker.cut(document.name, text, {"path": document.name}))
 
-    def record(self, record: Chunk) -> Iterator[Chunk | Uncut]:
+    def record(self, record: Chunk) -> Iterator[Chunk | UncutDocument]:
         """The chunks of a record. A record that is not a text with metadata is left to the checks of the client."""
         is_whole = isinstance(record.id, str) and isinstance(record.text, str) and record.text.strip()
         if not is_whole or not isinstance(record.metadata, Mapping):
@@ -77,7 +77,7 @@ class Cutter:
         try:
             chunks = self._chunker.chunks(record.id, record.text, record.metadata)
         except InvalidInput as error:
-            yield Uncut(str(error).rstrip("."), record.id)
+            yield UncutDocument(str(error).rstrip("."), record.id)
             return
         self.documents += 1
         yield from self._counted(chunks)

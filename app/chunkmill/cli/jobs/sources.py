@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from chunkmill.chunking.document import suffix_of
 from chunkmill.chunking.reading import unpacked
 from chunkmill.cli.jobs.csv_files import DELIMITERS, Row, Table, typed
-from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter, Uncut
+from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter, UncutDocument
 from chunkmill.cli.jobs.decoded import document_text, in_utf8, opened, problem_in, problem_in_bytes
 from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, FolderFile, SkippedEntries, documents
 from chunkmill.cli.jobs.json_arrays import elements
@@ -401,9 +401,9 @@ def _row(table: Any, number: int) -> dict[str, Any] | UnreadableRecord:
     return row
 
 
-def _cut_at(place: object, chunks: Iterator[Chunk | Uncut]) -> Iterator[tuple[str, Record]]:
+def _cut_at(place: object, chunks: Iterator[Chunk | UncutDocument]) -> Iterator[tuple[str, Record]]:
     for chunk in chunks:
-        yield str(place), UnreadableRecord(chunk.problem, chunk.name) if isinstance(chunk, Uncut) else chunk
+        yield str(place), UnreadableRecord(chunk.problem, chunk.name) if isinstance(chunk, UncutDocument) else chunk
 
 
 def _folder(

@@ -116,7 +116,7 @@ def figure(costs: Costs) -> Figure:
         axis.set_axisbelow(True)
     above.yaxis.set_major_formatter(lambda tokens, _: _short(round(tokens)))
     step = max(1, -(-len(keys) // 15))
-    below.set_xticks(range(0, len(keys), step), [_cut(key) for key in keys[::step]], rotation=30, ha="right")
+    below.set_xticks(range(0, len(keys), step), [_short_key(key) for key in keys[::step]], rotation=30, ha="right")
     said = f", the {len(rows)} of {len(rows) + left_out} rows with most" if left_out else ""
     made.suptitle(f"What was embedded, by {costs.by}{said}", x=0.01, ha="left", fontsize=13, color=INK)
     lanes = [route for route in Route if any(row.route is route for row in rows)]
@@ -137,7 +137,7 @@ def _bars(axis: object, rows: Sequence[Row], keys: Sequence[str], values: Sequen
             bottoms[row.key] += value
 
 
-def _cut(key: str) -> str:
+def _short_key(key: str) -> str:
     key = shown(key)
     return key if len(key) <= KEY_COLUMNS else key[: KEY_COLUMNS - 1] + "…"
 

@@ -50,7 +50,7 @@ _DTYPES = {short: long for long, short in SHORT.items()}
     type=click.Choice(list(_DTYPES)),
     help="Try only this number format. Can be repeated.",
 )
-@click.option("--budget", "budgets", multiple=True, type=click.IntRange(1), metavar="N",
+@click.option("--budget", "batch_tokens", multiple=True, type=click.IntRange(1), metavar="N",
               help="Try only this number of tokens in a pass. Can be repeated.")  # fmt: skip
 @click.option(
     "--threads",
@@ -67,7 +67,7 @@ _DTYPES = {short: long for long, short in SHORT.items()}
 def tune(
     screen: Screen, model: str | None, precision: str | None, texts: str | None, max_memory: float | None,
     max_latency: float | None, min_throughput: float | None, min_cosine: float | None, backends: tuple[str, ...],
-    dtypes: tuple[str, ...], budgets: tuple[int, ...], threads: tuple[int, ...], seconds: float, dry_run: bool,
+    dtypes: tuple[str, ...], batch_tokens: tuple[int, ...], threads: tuple[int, ...], seconds: float, dry_run: bool,
 ) -> None:  # fmt: skip
     """Find the fastest settings of this machine for a model, and write them into a profile.
 
@@ -92,7 +92,7 @@ def tune(
         "constraints": asdict(constraints),
         "backends": backends,
         "dtypes": [_DTYPES[short] for short in dtypes],
-        "budgets": budgets,
+        "batch_tokens": batch_tokens,
         "threads": threads,
         "seconds": seconds,
     }

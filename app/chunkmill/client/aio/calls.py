@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from chunkmill.client.aio.threads import Threads
-from chunkmill.client.steps import Pause, TellStep, Wait
+from chunkmill.client.steps import PauseStep, TellStep, WaitStep
 from chunkmill.client.stopping import IS_STOPPED, Stopped
 from chunkmill.errors import ClientClosed
 
@@ -59,13 +59,13 @@ class Call:
 
     # --- in the event loop -------------------------------------------------------------------------------------
 
-    async def perform(self, step: Pause | Wait | TellStep) -> None:
+    async def perform(self, step: PauseStep | WaitStep | TellStep) -> None:
         """Make the pause, wait, or call the caller's function, here in the loop.
 
         Raises :class:`ClientClosed` if the client is closed meanwhile.
         """
-        if isinstance(step, Pause | Wait):
-            if isinstance(step, Wait):
+        if isinstance(step, PauseStep | WaitStep):
+            if isinstance(step, WaitStep):
                 step.signal.when_given(self._wake_up)
             try:
                 async with asyncio.timeout(step.seconds):

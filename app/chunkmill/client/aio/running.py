@@ -20,7 +20,7 @@ from chunkmill.client.aio.threads import Threads
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.door import DOOR_ERRORS, door, translated
-from chunkmill.client.steps import Pause, Steps, TellStep, Wait, Work
+from chunkmill.client.steps import PauseStep, Steps, TellStep, WaitStep, WorkStep
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.errors import ClientClosed
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class _Done(Generic[Result]):
+class _WorkResult(Generic[Result]):
     result: Result
 
 
@@ -103,7 +103,7 @@ class RunningCalls:
                 except Exception:
                     is_over = True  # the steps raised it
                     raise
-                if isinstance(step, _Done):
+                if isinstance(step, _WorkResult):
                     is_over = True
                     return step.result
                 error = None
@@ -153,7 +153,7 @@ class RunningCalls:
                     raise
                 error = None
                 try:
-                    if not isinstance(step, Work):
+                    if not isinstance(step, WorkStep):
                         await call.perform(step)
                     elif step.is_awaited:
                         step.result = await call.in_thread(self._short_threads, step.function)
@@ -223,7 +223,7 @@ class RunningCalls:
 
 def _advance(
     db: sa.Engine, steps: Steps[Result], error: BaseException | None
-) -> Pause | Wait | TellStep | _Done[Result]:
+) -> PauseStep | WaitStep | TellStep | _WorkResult[Result]:
     """The next step for the loop, after ``error`` was raised by the last one. A future cannot hold the end of a
     generator."""
     with door(db):
@@ -231,14 +231,14 @@ def _advance(
             while True:
                 step = next(steps) if error is None else steps.throw(error)
                 error = None
-                if not isinstance(step, Work):
+                if not isinstance(step, WorkStep):
                     return step
                 try:
                     step.result = step.function()
                 except BaseException as raised:  # noqa: BLE001 - the steps raise it, or know what to do
                     error = raised
         except StopIteration as end:
-            return _Done(end.value)
+            return _WorkResult(end.value)
 
 
 def _connections(db: sa.Engine) -> int:

@@ -24,7 +24,6 @@ from chunkmill.domain.gates import Gates
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.maps import CollectionMap, MapMethod
 from chunkmill.domain.planning import DeadChunk
-from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding
 from chunkmill.domain.results import (
     Abandoned,
@@ -505,7 +504,7 @@ class AsyncVerbs(RunningCalls):
         """
         return await self._short(self._client.feedback, search_id, chunk_id)
 
-    async def search_counts(self, collection: str, *, hours: float = 24.0) -> Rows[SearchCounts]:
+    async def search_counts(self, collection: str, *, hours: float = 24.0) -> list[SearchCounts]:
         """How the searches of the last ``hours`` went in each space of a collection, the active one first.
 
         Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts

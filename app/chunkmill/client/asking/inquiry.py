@@ -18,7 +18,7 @@ from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.client.asking.listener import PATROL_SECONDS, Mailbox, SocketAnswer
 from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.asking.sockets import Sockets
-from chunkmill.client.steps import Pause, Steps, Wait, Work
+from chunkmill.client.steps import PauseStep, Steps, WaitStep, WorkStep
 from chunkmill.db.connect import raw
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.frames import Question
@@ -87,8 +87,8 @@ class Inquiry:
     def steps(self) -> Steps[None]:
         """Ask for what is missing, and wait for it. Whoever gives up in between withdraws all requests.
 
-        They block in :class:`Work` alone. Raises :class:`SpaceGone`, :class:`EngineError` if a worker cannot embed one
-        of the texts, and :class:`WaitTimeout`.
+        They block in :class:`WorkStep` alone. Raises :class:`SpaceGone`, :class:`EngineError` if a worker cannot embed
+        one of the texts, and :class:`WaitTimeout`.
         """
         try:
             yield from self._begin()
@@ -104,7 +104,7 @@ class Inquiry:
         except BaseException:
             if rows := self._cancel():
                 try:
-                    yield Work(partial(self._withdraw, rows))
+                    yield WorkStep(partial(self._withdraw, rows))
                 except GeneratorExit:
                     self._withdraw(rows)  # it may not have begun
                     raise
@@ -127,23 +127,23 @@ class Inquiry:
     def _begin(self) -> Steps[None]:
         """Take from the store what is there, and send the first parts."""
         if self._may_ask_directly and self.sockets is not None and self.sockets.is_due:
-            yield Work(partial(self.sockets.refresh, self.transaction), is_awaited=not self.sockets.is_known)
+            yield WorkStep(partial(self.sockets.refresh, self.transaction), is_awaited=not self.sockets.is_known)
         if self.kind == "document" and read.are_exact(self.space):
             if self.lookups is None:
-                yield Work(self._look_and_send)
+                yield WorkStep(self._look_and_send)
                 return
             yield from self._look_together(self.lookups)
-        self._cut()
+        self._make_parts()
         yield from self._send()
 
     def _look_together(self, lookups: Lookups) -> Steps[None]:
         lookup = lookups.ask(self.space, list(self.texts.missing))
         until = time.monotonic() + LOOK_SECONDS
         while not lookup.signal.is_given and (left := until - time.monotonic()) > 0:
-            yield Wait(lookup.signal, left)
+            yield WaitStep(lookup.signal, left)
         if lookup.stored is None:
             lookups.doubt(lookup)
-            yield Work(self._look)
+            yield WorkStep(self._look)
             return
         for content_hash, embedded in lookup.stored:
             self.texts.add(content_hash, embedded)
@@ -155,14 +155,14 @@ class Inquiry:
     def _look_and_send(self) -> None:
         with self.transaction() as conn:
             self._read_stored(conn)
-            self._cut()
+            self._make_parts()
             if parts := self._left_to_rows():
                 self._send_rows(conn, parts)
 
-    def _cut(self) -> None:
+    def _make_parts(self) -> None:
         missing = self.texts.missing
         self._urgency = 0 if is_short(missing, self.kind) else 1
-        self._parts = cut(missing)[::-1]
+        self._parts = into_parts(missing)[::-1]
 
     def _read_stored(self, conn: sa.Connection) -> None:
         hashes = list(self.texts.missing)
@@ -183,7 +183,7 @@ class Inquiry:
     def _send(self) -> Steps[None]:
         """Ask for as many parts as may be open: workers on this machine directly, and through Postgres for the rest."""
         if parts := self._left_to_rows():
-            yield Work(partial(self._send_rows_alone, parts))
+            yield WorkStep(partial(self._send_rows_alone, parts))
 
     def _left_to_rows(self) -> list[list[bytes]]:
         """Send parts to workers directly, and return those of the next ones that none of them takes."""
@@ -256,16 +256,16 @@ class Inquiry:
             if now - self._asked_directly_at >= SLOW_SECONDS and self._take_back():
                 return
             if left <= 0 or (self.mailbox.is_adrift and self.mailbox.open_rows):
-                fetch = Work(self._fetch)
+                fetch = WorkStep(self._fetch)
                 yield fetch
                 answers = fetch.result
                 if answers or left <= 0:
                     return
-                yield Pause(pause) if signal.is_given else Wait(signal, pause)
+                yield PauseStep(pause) if signal.is_given else WaitStep(signal, pause)
                 pause = min(LAST_LOOK_SECONDS, pause * 1.5)
             else:
                 # The signal was given and nothing came if the listener is gone, and only workers are asked directly.
-                yield Pause(pause) if signal.is_given else Wait(signal, min(left, PATROL_SECONDS))
+                yield PauseStep(pause) if signal.is_given else WaitStep(signal, min(left, PATROL_SECONDS))
                 self.mailbox.patrol()
 
     def _fetch(self) -> list[AnswerRow]:
@@ -322,7 +322,7 @@ class Inquiry:
     def _require_time(self) -> Steps[None]:
         """Raise :class:`WaitTimeout` if an answer is missing and the time is over."""
         if (self._asked or self._parts) and time.monotonic() >= self.deadline:
-            look = Work(self._why_late)
+            look = WorkStep(self._why_late)
             yield look
             raise WaitTimeout(f"no worker answered in time. {look.result}.")
 
@@ -346,7 +346,7 @@ def is_short(texts: Mapping[bytes, str], kind: str) -> bool:
     return kind == "query" or sum(map(len, texts.values())) <= FEW_CHARACTERS
 
 
-def cut(texts: Mapping[bytes, str]) -> list[list[bytes]]:
+def into_parts(texts: Mapping[bytes, str]) -> list[list[bytes]]:
     """The hashes of the texts in parts of at most ``PART_TEXTS`` texts and ``PART_CHARACTERS`` characters.
 
     A longer text is a part of its own.

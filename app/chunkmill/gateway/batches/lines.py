@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 
 from chunkmill.domain.served import MAX_LINE_BYTES, MAX_LINES, chunk_id
-from chunkmill.gateway.embedding import CutSide, EmbeddingCall
+from chunkmill.gateway.embedding import EmbeddingCall, TruncationSide
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.fields import invalid
 from chunkmill.gateway.inputs import TokenIds, read_input
@@ -132,7 +132,7 @@ class LineReader:
             n_inputs=len(asked.texts),
             dimensions=asked.dimensions or self._usual.dimensions,
             is_base64=asked.base64,
-            refuses_long=asked.cut is not CutSide.END,
+            refuses_long=asked.truncation is not TruncationSide.END,
         )
 
     def _check(self, asked: EmbeddingCall) -> None:

@@ -56,7 +56,7 @@ class OneKey:
 
 
 @dataclass(frozen=True, slots=True)
-class _Looked:
+class _LookedUpKey:
     """What the database said, and until when (monotonic seconds) that counts."""
 
     stored: StoredKey | None
@@ -76,7 +76,7 @@ class StoredKeys:
         self._db = db
         self._own = own
         self._clock = clock
-        self._looked: OrderedDict[int, _Looked] = OrderedDict()
+        self._looked: OrderedDict[int, _LookedUpKey] = OrderedDict()
         self._changes = 0
         self._noted: dict[int, float] = {}
         self._ask: QuestionBatcher[int, StoredKey | None] = QuestionBatcher(self._read)
@@ -122,10 +122,10 @@ class StoredKeys:
         if self._own is not None:
             await self._own.close()
 
-    async def _look(self, key_id: int) -> _Looked:
+    async def _look(self, key_id: int) -> _LookedUpKey:
         changes, now = self._changes, self._clock()
         stored = await self._ask(key_id)
-        looked = _Looked(stored, None if stored is None else caller_of(stored), now + CACHE_SECONDS)
+        looked = _LookedUpKey(stored, None if stored is None else caller_of(stored), now + CACHE_SECONDS)
         # What was read before a key changed must not be remembered after it.
         if changes == self._changes:
             self._looked[key_id] = looked

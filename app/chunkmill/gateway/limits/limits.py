@@ -22,7 +22,7 @@ from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.exchange import current
 from chunkmill.gateway.limits.buckets import Bucket
 from chunkmill.gateway.limits.months import Months
-from chunkmill.gateway.limits.room import BYTES_PER_TOKEN, SMALL_BYTES, SMALL_TEXTS, Hold, Room
+from chunkmill.gateway.limits.room import BYTES_PER_TOKEN, SMALL_BYTES, SMALL_TEXTS, Hold, WaitingRoom
 from chunkmill.ledger.access.usage import Demand, UsageBooking
 from chunkmill.settings import Settings
 
@@ -58,7 +58,7 @@ class Limits:
     """All its methods run in the event loop."""
 
     def __init__(self, db: sa.Engine, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.room = Room(settings.gateway_waiting_texts, settings.gateway_waiting_tokens)
+        self.room = WaitingRoom(settings.gateway_waiting_texts, settings.gateway_waiting_tokens)
         self._months = Months(db)
         self._keys: dict[int, _KeyState] = {}
         self._clock = clock

@@ -28,7 +28,7 @@ class Hold:
     is_small: bool
 
 
-class Room:
+class WaitingRoom:
     def __init__(self, most_texts: int, most_tokens: int) -> None:
         self._most_texts = most_texts
         self._most_tokens = most_tokens

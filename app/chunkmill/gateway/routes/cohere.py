@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.embedding import (
-    CUTS,
     KINDS,
-    CutSide,
+    TRUNCATION_SIDES,
     EmbeddingCall,
+    TruncationSide,
     dimensions_field,
     embed,
     read_asked,
@@ -62,7 +62,7 @@ def read_body(body: dict[str, Any]) -> EmbeddingCall:
         read_model(body),
         word_field(body, "input_type", meanings=KINDS) or "document",
         dimensions_field(body, "output_dimension"),
-        word_field(body, "truncate", meanings=CUTS) or CutSide.END,
+        word_field(body, "truncate", meanings=TRUNCATION_SIDES) or TruncationSide.END,
         seconds=seconds_field(body),
         base64=_is_base64(body),
     )

@@ -14,11 +14,11 @@ from starlette.responses import Response
 
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.embedding import (
-    CUTS,
     KINDS,
-    CutSide,
+    TRUNCATION_SIDES,
     EmbeddingAnswer,
     EmbeddingCall,
+    TruncationSide,
     dimensions_field,
     embed,
     read_asked,
@@ -57,14 +57,14 @@ def read_body(body: dict[str, Any]) -> EmbeddingCall:
         raise invalid("texts", problem)
     param = "texts" if "texts" in body else "inputs"
     normalize = flag_field(body, "normalize")
-    cut = word_field(body, "truncation_direction", meanings=CUTS) or CutSide.END
+    side = word_field(body, "truncation_direction", meanings=TRUNCATION_SIDES) or TruncationSide.END
     return EmbeddingCall(
         read_texts(body[param], param),
         param,
         read_model(body),
         word_field(body, "kind", "input_type", "prompt_name", meanings=KINDS) or "document",
         dimensions_field(body, "dimensions"),
-        CutSide.NOTHING if flag_field(body, "truncate") is False else cut,
+        TruncationSide.NOTHING if flag_field(body, "truncate") is False else side,
         normalize is not False,
         seconds_field(body),
         base64=word_field(body, "encoding_format", meanings={"float": False, "base64": True}) is True,

@@ -91,7 +91,7 @@ async def read_file(gateway: Gateway, request: Request, caller: Caller) -> Respo
             raise _not_found(request)
         pieces, skipped = results.stream(gateway.db, batch, file.kind), first
     # The first piece is read before the answer begins, so that what fails at once is told.
-    content = _cut(pieces, skipped, end - first)
+    content = _part_of(pieces, skipped, end - first)
     begin = await asyncio.to_thread(lambda: list(itertools.islice(content, 1)))
     return StreamingResponse(
         itertools.chain(begin, content),
@@ -101,7 +101,7 @@ async def read_file(gateway: Gateway, request: Request, caller: Caller) -> Respo
     )
 
 
-def _cut(pieces: Iterator[bytes], skipped: int, size: int) -> Iterator[bytes]:
+def _part_of(pieces: Iterator[bytes], skipped: int, size: int) -> Iterator[bytes]:
     """``size`` bytes of the pieces, behind the first ``skipped``."""
     for piece in pieces:
         part = piece[skipped : skipped + size]

@@ -10,7 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chunkmill.gateway.caller import Caller, Scope
-from chunkmill.gateway.embedding import CutSide, EmbeddingCall, dimensions_field, embed, read_asked, seconds_field
+from chunkmill.gateway.embedding import (
+    EmbeddingCall,
+    TruncationSide,
+    dimensions_field,
+    embed,
+    read_asked,
+    seconds_field,
+)
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.fields import flag_field, invalid
 from chunkmill.gateway.gateway import Gateway
@@ -54,7 +61,7 @@ def read_body(body: dict[str, Any]) -> EmbeddingCall:
         "input",
         read_model(body),
         dimensions=dimensions_field(body, "dimensions"),
-        cut=CutSide.NOTHING if flag_field(body, "truncate") is False else CutSide.END,
+        truncation=TruncationSide.NOTHING if flag_field(body, "truncate") is False else TruncationSide.END,
         to_unit_length=True,
         seconds=seconds_field(body),
     )

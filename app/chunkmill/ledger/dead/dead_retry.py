@@ -239,9 +239,9 @@ def _add_again(
         sa.text("SELECT content_hash, octet_length(text) FROM contents WHERE content_hash = ANY(:hashes)"),
         {"hashes": list(waiting.keys() - set(suspects))},
     )
-    # A range stands in for the text, because `cut` only asks for its length.
+    # A range stands in for the text, because `into_chunk_batches` only asks for its length.
     others = {content_hash: range(length) for content_hash, length in lengths}
-    chunk_batches.add(conn, shared, planning.cut(others, max_contents, max_bytes))
+    chunk_batches.add(conn, shared, planning.into_chunk_batches(others, max_contents, max_bytes))
 
 
 _REOPEN = sa.text("""

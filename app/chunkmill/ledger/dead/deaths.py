@@ -26,7 +26,7 @@ _SPLIT = "split"
 
 
 @dataclass(frozen=True, slots=True)
-class TakenBack:
+class TakenBackCounts:
     """How many ChunkBatches were taken back from dead workers: whole, split, or completed with a dead content."""
 
     available: int = 0
@@ -70,7 +70,7 @@ RETURNING b.id, b.attempt, b.deaths, b.job_id, b.space_id, dead.lease_owner AS o
 )
 
 
-def take_back_expired(conn: sa.Connection, *, limit: int = 500) -> TakenBack:
+def take_back_expired(conn: sa.Connection, *, limit: int = 500) -> TakenBackCounts:
     """Take back ChunkBatches whose lease has expired. Any number of pollers can share the work (SKIP LOCKED)."""
     rows = conn.execute(_TAKE_BACK_EXPIRED, {"limit": limit, "evidence": _SILENT}).all()
     return _account_for(conn, rows, _SILENT)
@@ -98,7 +98,7 @@ RETURNING b.id, b.attempt, b.deaths, b.job_id, b.space_id, dead.lease_owner AS o
 )
 
 
-def take_back_from(conn: sa.Connection, owner: str, *, evidence: str) -> TakenBack:
+def take_back_from(conn: sa.Connection, owner: str, *, evidence: str) -> TakenBackCounts:
     """Take back at once what a dead worker held; ``evidence`` says how the worker ended.
 
     It waits for rows that the dead worker's last transaction still locks, because the server may not know of its death.
@@ -126,13 +126,13 @@ ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET
 """)
 
 
-def _account_for(conn: sa.Connection, taken: Sequence[sa.Row[Any]], evidence: str) -> TakenBack:
+def _account_for(conn: sa.Connection, taken: Sequence[sa.Row[Any]], evidence: str) -> TakenBackCounts:
     """Close the accounts of attempts that died and decide about suspects.
 
     A death is not charged as an attempt: ``chunkmill.domain.deaths`` bounds how often a ChunkBatch may kill.
     """
     if not taken:
-        return TakenBack()
+        return TakenBackCounts()
     conn.execute(
         _CLOSE_ACCOUNTS,
         {
@@ -151,7 +151,7 @@ def _account_for(conn: sa.Connection, taken: Sequence[sa.Row[Any]], evidence: st
             verdict = _judge(conn, row.id)
             split += isinstance(verdict, Split)
             buried += isinstance(verdict, Bury)
-    return TakenBack(len(taken) - split - buried, split, buried)
+    return TakenBackCounts(len(taken) - split - buried, split, buried)
 
 
 _SUSPECT = sa.text("""

@@ -93,15 +93,14 @@ SELECT sum(u.engine_seconds) / sum(u.tokens)
 FROM (SELECT * FROM usage ORDER BY chunk_batch_id DESC LIMIT :attempts) u
 JOIN spaces s ON s.id = u.space_id
 WHERE s.fingerprint = :fingerprint
-  AND u.engine_seconds > 0 AND u.tokens > 0 AND u.provider <> 'openai'
+  AND u.engine_seconds > 0 AND u.tokens > 0 AND u.provider <> :openai
 """)
 
 
 def seconds_per_token(conn: sa.Connection, spec: SpaceSpec) -> float | None:
     """Engine seconds per token that local workers took for the space lately. None if they have embedded nothing."""
-    seconds = conn.execute(
-        _SECONDS_PER_TOKEN, {"attempts": MEASURED_ATTEMPTS, "fingerprint": spec.fingerprint}
-    ).scalar_one()
+    parameters = {"attempts": MEASURED_ATTEMPTS, "fingerprint": spec.fingerprint, "openai": OPENAI}
+    seconds = conn.execute(_SECONDS_PER_TOKEN, parameters).scalar_one()
     return None if seconds is None else float(seconds)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import date
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -71,25 +71,27 @@ def add_tokens(
 
 def month_adjusted(conn: sa.Connection, route: Route | None = None) -> AdjustedSums:
     """The adjustments of this calendar month, of one route or of all. Corrections may make their sum negative."""
-    return _adjusted(conn, f"day >= {charges.MONTH}", route)
+    return _adjusted(conn, "month", route)
 
 
 def day_adjusted(conn: sa.Connection) -> AdjustedSums:
     """The adjustments of today (UTC)."""
-    return _adjusted(conn, f"day = {charges.TODAY}", None)
+    return _adjusted(conn, "day", None)
 
 
-def _adjusted(conn: sa.Connection, days: str, route: Route | None) -> AdjustedSums:
+def _adjusted(conn: sa.Connection, period: Literal["day", "month"], route: Route | None) -> AdjustedSums:
+    """The adjustments of this day or month (UTC). None is of a later day."""
     if not is_kept(conn):
         return AdjustedSums()
     rows = conn.execute(
         sa.text(f"""
             SELECT kind, sum(usd) AS usd
             FROM adjustments
-            WHERE {days} AND (CAST(:route AS text) IS NULL OR route = :route)
+            WHERE day >= CAST(date_trunc(:period, {charges.TODAY}) AS date)
+              AND (CAST(:route AS text) IS NULL OR route = :route)
             GROUP BY kind
         """),
-        {"route": route},
+        {"period": period, "route": route},
     )
     sums = {row.kind: row.usd for row in rows}
     return AdjustedSums(*(sums.get(kind, Decimal(0)) for kind in AdjustmentKind))
@@ -101,9 +103,11 @@ def listed(
     """Adjustments, the newest first: of one kind or of all, from the day ``since`` on."""
     if not is_kept(conn):
         return ()
+    # The columns of corrections are read in this way because the schema of an earlier release has none of them.
     rows = conn.execute(
-        sa.text(f"""
-            SELECT {_columns(conn)}
+        sa.text("""
+            SELECT a.id, a.created_at, a.day, a.kind, a.route, s.model, a.job_id, a.contents, a.tokens, a.usd, a.reason,
+                   to_jsonb(a) ->> 'author' AS author, to_jsonb(a) ->> 'key' AS key
             FROM adjustments a
             LEFT JOIN spaces s ON s.id = a.space_id
             WHERE (CAST(:kind AS text) IS NULL OR a.kind = :kind) AND (CAST(:since AS date) IS NULL OR a.day >= :since)
@@ -192,8 +196,9 @@ def _space_of(conn: sa.Connection, route: Route, model: str | None, job_id: int)
 
 def _of_key(conn: sa.Connection, key: str) -> Adjustment | None:
     row = conn.execute(
-        sa.text(f"""
-            SELECT {_columns(conn)}
+        sa.text("""
+            SELECT a.id, a.created_at, a.day, a.kind, a.route, s.model, a.job_id, a.contents, a.tokens, a.usd, a.reason,
+                   a.author, a.key
             FROM adjustments a
             LEFT JOIN spaces s ON s.id = a.space_id
             WHERE a.key = :key
@@ -203,22 +208,17 @@ def _of_key(conn: sa.Connection, key: str) -> Adjustment | None:
     return None if row is None else _adjustment(row)
 
 
-def _columns(conn: sa.Connection) -> str:
-    names = "a.id, a.created_at, a.day, a.kind, a.route, s.model, a.job_id, a.contents, a.tokens, a.usd, a.reason"
-    return f"{names}, a.author, a.key" if keeps_keys(conn) else f"{names}, NULL AS author, NULL AS key"
-
-
 def _adjustment(row: sa.Row[Any]) -> Adjustment:
     values = row._asdict()
     return Adjustment(**values | {"kind": AdjustmentKind(row.kind), "route": Route(row.route)})
 
 
 def charged_or_lost(conn: sa.Connection) -> str:
-    """A query for what is surely charged: the charges, and what was lost, as ``(provider_batch_id, day, tokens)``."""
+    """A query for what is charged, as ``(provider_batch_id, day, tokens)``: the charges, and what is ``:lost``."""
     charged = "SELECT provider_batch_id, day, tokens FROM charges"
     if not is_kept(conn):
         return charged
-    return f"{charged} UNION ALL SELECT provider_batch_id, day, tokens FROM adjustments WHERE kind = 'lost'"
+    return f"{charged} UNION ALL SELECT provider_batch_id, day, tokens FROM adjustments WHERE kind = :lost"
 
 
 def is_kept(conn: sa.Connection) -> bool:

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.locks import BUDGET_LOCK, NOTICE_LOCK, lock
 from chunkmill.domain.budget import Budget, due_percents
+from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.prices import price_on
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import ProviderBatchState, Route
@@ -107,7 +108,12 @@ def committed(conn: sa.Connection, settings: Settings) -> Decimal:
             WHERE provider_batch_id IS NULL
             GROUP BY space_id
         """),
-        {"batch_api": Route.OPENAI, "plain": Route.OPENAI_SYNC, "committed": _COMMITTED},
+        {
+            "batch_api": Route.OPENAI,
+            "plain": Route.OPENAI_SYNC,
+            "committed": _COMMITTED,
+            "lost": AdjustmentKind.LOST,
+        },
     ).all()
     rows = [*rows, *questions.committed(conn)]
     total = Decimal(0)

@@ -19,9 +19,11 @@ from chunkmill.domain.providers import OPENAI, ProviderModel
 from chunkmill.domain.states import Route
 
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
+"""The day of a charge in SQL. What is booked, and what is summed up of it, must mean the same day."""
+MONTH = f"date_trunc('month', {TODAY})::date"
+"""The first day of its month in SQL, for the same reason."""
 NO_MODEL = "(no model)"
 """The key of corrections that name neither a model nor a job, if costs are summed by model."""
-MONTH = f"date_trunc('month', {TODAY})::date"
 
 
 def today(conn: sa.Connection) -> date:

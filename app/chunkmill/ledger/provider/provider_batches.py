@@ -86,9 +86,7 @@ _COLUMNS = """
     coalesce(extract(epoch FROM clock_timestamp() - cancel_requested_at), 0)::float AS cancelled_for_s,
     (created_at AT TIME ZONE 'UTC')::date AS created_on
 """
-"""The columns of a `Step`."""
-_QUALIFIED = _COLUMNS.replace("    id,", "    p.id,", 1)
-"""The same in a statement that joins another table with the column ``id``."""
+"""The columns of a `Step`. Whoever takes one reads the same of it, by whichever of three statements."""
 
 
 def spaces_to_gather(conn: sa.Connection, *, wait_seconds: float, full: int) -> list[int]:
@@ -346,7 +344,7 @@ def take_over_unsent(
     """
     rows = conn.execute(
         sa.text(f"""
-            WITH unsent AS (
+            WITH unsent (unsent_id) AS (
                 SELECT id
                 FROM provider_batches p
                 WHERE state IN (:gathered, :uploaded) AND (lease_until IS NULL OR lease_until < now())
@@ -363,8 +361,8 @@ def take_over_unsent(
             UPDATE provider_batches p
             SET attempt = attempt + 1, lease_owner = NULL, lease_until = NULL, rung_at = NULL, not_before = now()
             FROM unsent
-            WHERE p.id = unsent.id
-            RETURNING {_QUALIFIED}
+            WHERE p.id = unsent.unsent_id
+            RETURNING {_COLUMNS}
         """),
         {
             "gathered": State.GATHERED,

@@ -42,17 +42,15 @@ class UnansweredRequests(NamedTuple):
     tokens: int
 
 
-_COLUMNS = """
-    content_hash, chunk_batch_id, attempt, job_id, request_no, position, n_tokens, sent_tokens, truncated, weights
-"""
-"""The columns of an `InFlight`."""
-_TYPES = ("bytea", "int8", "int4", "int8", "int4", "int4", "int4", "int4", "bool", "int4[]")
-
-
 def add(conn: sa.Connection, *, space_id: int, provider_batch_id: int, inputs: Iterable[InFlight]) -> None:
     """Put contents in flight in a ProviderBatch. Raises SQLAlchemy's IntegrityError if one is in flight already."""
-    with copy_in(conn, f"provider_inputs (space_id, provider_batch_id, {_COLUMNS})") as copy:
-        copy.set_types(["int4", "int8", *_TYPES])
+    target = """
+        provider_inputs (space_id, provider_batch_id, content_hash, chunk_batch_id, attempt, job_id, request_no,
+                         position, n_tokens, sent_tokens, truncated, weights)
+    """
+    types = "int4 int8 bytea int8 int4 int8 int4 int4 int4 int4 bool int4[]"
+    with copy_in(conn, target) as copy:
+        copy.set_types(types.split())
         for content in inputs:
             row = content.packed
             copy.write_row(
@@ -162,8 +160,9 @@ def carriers(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> dic
 def of_requests(conn: sa.Connection, provider_batch_id: int, request_nos: Sequence[int]) -> dict[int, list[InFlight]]:
     """``request_no → contents`` in flight, in the order of the request's inputs; an empty request is left out."""
     rows = conn.execute(
-        sa.text(f"""
-            SELECT {_COLUMNS}
+        sa.text("""
+            SELECT content_hash, chunk_batch_id, attempt, job_id, request_no, position, n_tokens, sent_tokens,
+                   truncated, weights
             FROM provider_inputs
             WHERE provider_batch_id = :id AND request_no = ANY(:requests)
             ORDER BY request_no, position
@@ -179,8 +178,9 @@ def of_requests(conn: sa.Connection, provider_batch_id: int, request_nos: Sequen
 def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: int) -> list[InFlight]:
     """The contents in flight in the next requests, at most ``limit`` of them, after request ``after``."""
     rows = conn.execute(
-        sa.text(f"""
-            SELECT {_COLUMNS}
+        sa.text("""
+            SELECT content_hash, chunk_batch_id, attempt, job_id, request_no, position, n_tokens, sent_tokens,
+                   truncated, weights
             FROM provider_inputs
             WHERE provider_batch_id = :id AND request_no > :after AND request_no <= :last
             ORDER BY request_no, position
@@ -226,7 +226,12 @@ def remove(conn: sa.Connection, *, space_id: int, hashes: Sequence[bytes], provi
 def remove_all(conn: sa.Connection, provider_batch_id: int) -> list[InFlight]:
     """Take everything of a ProviderBatch out of flight; returns what was in flight."""
     rows = conn.execute(
-        sa.text(f"DELETE FROM provider_inputs WHERE provider_batch_id = :id RETURNING {_COLUMNS}"),
+        sa.text("""
+            DELETE FROM provider_inputs
+            WHERE provider_batch_id = :id
+            RETURNING content_hash, chunk_batch_id, attempt, job_id, request_no, position, n_tokens, sent_tokens,
+                      truncated, weights
+        """),
         {"id": provider_batch_id},
     )
     return [_in_flight(row) for row in rows]

@@ -24,7 +24,7 @@ _ENQUEUED = [state for state in State if state.is_enqueued]
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ProviderRoom:
     """What one more ProviderBatch of a space may hold.
 
     ``usd`` is None if there is no monthly budget. ``reason`` says why there is no room at all now; None if there is.
@@ -88,11 +88,11 @@ def enqueued(conn: sa.Connection) -> EnqueuedTotals:
     return EnqueuedTotals(row.tokens, row.requests, row.provider_batches, row.made)
 
 
-def room(conn: sa.Connection, settings: Settings, space: Space) -> Room:
+def room(conn: sa.Connection, settings: Settings, space: Space) -> ProviderRoom:
     """The room for one more ProviderBatch of a space."""
     used, most = enqueued(conn), max_tokens(conn, settings)
     price = charges.price_today(conn, model_for(settings, space.spec))
-    left = Room(
+    left = ProviderRoom(
         most - used.tokens,
         settings.openai_max_enqueued_requests - used.requests,
         budget.headroom(conn, settings),
@@ -113,7 +113,7 @@ def _limit(settings: Settings, most: int) -> str:
     return f"the limit of {most:,} that the provider's refusals have taught (chunkmill lanes resume openai forgets it)"
 
 
-def _reason(conn: sa.Connection, settings: Settings, left: Room, used: EnqueuedTotals, most: int) -> str | None:
+def _reason(conn: sa.Connection, settings: Settings, left: ProviderRoom, used: EnqueuedTotals, most: int) -> str | None:
     if left.usd is not None and left.usd_per_million and left.usd <= 0:
         return budget.read(conn, settings).refusal()
     if used.made_in_an_hour >= settings.openai_max_batches_per_hour:

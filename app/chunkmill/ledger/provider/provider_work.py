@@ -151,7 +151,7 @@ def missing_texts(
     return dict(right), damaged
 
 
-def cut(conn: sa.Connection, waiting: WaitingChunkBatch, kept: int) -> None:
+def split(conn: sa.Connection, waiting: WaitingChunkBatch, kept: int) -> None:
     """Leave the first ``kept`` contents in a ChunkBatch and move the others into a new one, which waits."""
     rest = waiting.hashes[kept:]
     attempts_left = max(1, waiting.max_attempts - waiting.attempt)

@@ -134,7 +134,7 @@ def fill_some(db: sa.Engine, settings: Settings, reembedding_id: int) -> bool:
     return is_there
 
 
-class PassedOver:
+class PassedOverJobs:
     """Says of jobs whether they are passed over, and looks only once in ``LOOK_AGAIN_SECONDS`` for each."""
 
     def __init__(self) -> None:
@@ -152,7 +152,9 @@ class PassedOver:
         return is_passed_over
 
 
-def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int, passed_over: PassedOver) -> str | None:
+def why_waiting(
+    conn: sa.Connection, settings: Settings, reembedding_id: int, passed_over: PassedOverJobs
+) -> str | None:
     """What keeps the filling from its end that does not pass by waiting, as a sentence that says what to do."""
     query = """
         SELECT f.space_id, f.job_id, f.failed, j.state, s.fingerprint, s.model
@@ -248,7 +250,7 @@ def job_ids(conn: sa.Connection) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stands:
+class _PageResult:
     """How a space stands after a page. ``goes_on`` says that there is another page to look at now."""
 
     goes_on: bool
@@ -256,7 +258,7 @@ class _Stands:
     """The last pass found all, and the present one has found nothing that is missing so far."""
 
 
-_WAITS = _Stands(goes_on=False, is_there=False)
+_WAITS = _PageResult(goes_on=False, is_there=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +337,7 @@ RETURNING is_there
 """)
 
 
-def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Stands:
+def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _PageResult:
     """Look at the next page of a pass, or begin one if it is time."""
     named = {"id": target.reembedding_id, "space": target.space_id}
     conn.execute(_FIRST, named)
@@ -345,7 +347,7 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Sta
     n_open = _count_open(conn, stand.job_id)
     if stand.began_at is None:
         if not _is_time(stand, n_open):
-            return _Stands(goes_on=False, is_there=stand.is_there and not n_open)
+            return _PageResult(goes_on=False, is_there=stand.is_there and not n_open)
         stand = conn.execute(_BEGIN, named).one()
     if n_open >= OPEN_CHUNK_BATCHES:
         return _WAITS
@@ -356,7 +358,7 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Sta
         if stand.job_id is not None:
             # It could not end before. If somebody is at it, the poller's rounds end it.
             finish_if_done(conn, stand.job_id, table, wait=False)
-        return _Stands(goes_on=False, is_there=is_there)
+        return _PageResult(goes_on=False, is_there=is_there)
     failed, wanted = _sorted_out(conn, target, stand, page.missing)
     if wanted:
         lengths = _lengths(conn, wanted)
@@ -365,7 +367,7 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Sta
             return _WAITS
         wanted = list(lengths)
     note = {**named, "after": page.last, "added": len(wanted), "failed": failed}
-    return _Stands(goes_on=True, is_there=conn.execute(_NOTE, note).scalar_one() and not n_open)
+    return _PageResult(goes_on=True, is_there=conn.execute(_NOTE, note).scalar_one() and not n_open)
 
 
 def _is_time(stand: sa.Row[Any], n_open: int) -> bool:
@@ -478,7 +480,7 @@ def _sorted_out(
 
 
 def _lengths(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, range]:
-    """The bytes of each text that is stored, as a range, because ``cut`` only asks for the length."""
+    """The bytes of each text that is stored, as a range, because ``into_chunk_batches`` only asks for the length."""
     query = "SELECT content_hash, bytes FROM content_bytes(CAST(:hashes AS bytea[])) ORDER BY content_hash"
     return {row.content_hash: range(row.bytes) for row in conn.execute(sa.text(query), {"hashes": list(hashes)})}
 
@@ -511,7 +513,9 @@ def _add(
             return False
     assert job_id is not None  # noqa: S101 - the job was opened or found
     shared = SharedFields(job_id, job.space_id, lane_of(job.route, job.routing), job.priority, settings.max_attempts)
-    chunk_batches.add(conn, shared, planning.cut(lengths, settings.chunk_batch_size, planning.MAX_BATCH_BYTES))
+    chunk_batches.add(
+        conn, shared, planning.into_chunk_batches(lengths, settings.chunk_batch_size, planning.MAX_BATCH_BYTES)
+    )
     return True
 
 

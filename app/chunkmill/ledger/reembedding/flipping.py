@@ -181,7 +181,7 @@ def look_again(db: sa.Engine, way: Direction, seen: Look, *, patience: float = W
     _, mark = _mark(db, patience)
     with db.begin() as conn:
         conn.execute(sa.text("SET LOCAL statement_timeout = 0"))  # it may be half an hour's work of all producers
-        rows = conn.execute(sa.text(_candidates(way, _STILL_LACKING)), _parameters(way, seen)).all()
+        rows = conn.execute(sa.text(_still_lacking(way)), _parameters(way, seen)).all()
     return _look_of(way, rows, seen.reopenings, mark)
 
 
@@ -267,27 +267,10 @@ def _keep(db: sa.Engine, way: Direction, seen: Look) -> None:
             conn.execute(sa.text(statement), parameters)
 
 
-_STILL_LACKING = """
-SELECT x.content_hash, count(*) AS chunks,
-       EXISTS (SELECT FROM {active} a WHERE a.content_hash = x.content_hash) AS is_searchable
-FROM candidates x
-JOIN chunks c ON c.content_hash = x.content_hash AND c.collection_id = :collection
-WHERE NOT EXISTS (SELECT FROM {other} o WHERE o.content_hash = x.content_hash)
-GROUP BY x.content_hash
-LIMIT :most
-"""
-_MISSING = """
-SELECT x.content_hash, count(*) AS chunks
-FROM candidates x
-JOIN {active} a ON a.content_hash = x.content_hash
-JOIN chunks c ON c.content_hash = x.content_hash AND c.collection_id = :collection
-WHERE NOT EXISTS (SELECT FROM {other} o WHERE o.content_hash = x.content_hash)
-GROUP BY x.content_hash
-"""
+# Both look again at the contents that were lacking, and at those in ChunkBatches of the collection after the mark.
 
 
-def _candidates(way: Direction, select: str) -> str:
-    """A query of the contents that were lacking, and of those in ChunkBatches of the collection after the mark."""
+def _still_lacking(way: Direction) -> str:
     return f"""
         WITH candidates AS MATERIALIZED (
             SELECT unnest(CAST(:lacking AS bytea[])) AS content_hash
@@ -297,7 +280,32 @@ def _candidates(way: Direction, select: str) -> str:
             JOIN jobs j ON j.id = b.job_id
             WHERE b.id > :mark AND j.collection_id = :collection
         )
-        {select.format(active=way.active.table_name, other=way.other.table_name)}
+        SELECT x.content_hash, count(*) AS chunks,
+               EXISTS (SELECT FROM {way.active.table_name} a WHERE a.content_hash = x.content_hash) AS is_searchable
+        FROM candidates x
+        JOIN chunks c ON c.content_hash = x.content_hash AND c.collection_id = :collection
+        WHERE NOT EXISTS (SELECT FROM {way.other.table_name} o WHERE o.content_hash = x.content_hash)
+        GROUP BY x.content_hash
+        LIMIT :most
+    """
+
+
+def _missing(way: Direction) -> str:
+    return f"""
+        WITH candidates AS MATERIALIZED (
+            SELECT unnest(CAST(:lacking AS bytea[])) AS content_hash
+            UNION
+            SELECT unnest(b.content_hashes)
+            FROM chunk_batches b
+            JOIN jobs j ON j.id = b.job_id
+            WHERE b.id > :mark AND j.collection_id = :collection
+        )
+        SELECT x.content_hash, count(*) AS chunks
+        FROM candidates x
+        JOIN {way.active.table_name} a ON a.content_hash = x.content_hash
+        JOIN chunks c ON c.content_hash = x.content_hash AND c.collection_id = :collection
+        WHERE NOT EXISTS (SELECT FROM {way.other.table_name} o WHERE o.content_hash = x.content_hash)
+        GROUP BY x.content_hash
     """
 
 
@@ -332,7 +340,7 @@ def try_to_flip(
         if _count_reopenings(conn) != seen.reopenings or _count_new(conn, way, seen.mark) > way.most_open:
             transaction.rollback()
             return FlipAttempt(done=False, seconds=time.monotonic() - began)
-        rows = conn.execute(sa.text(_candidates(way, _MISSING)), _parameters(way, seen)).all()
+        rows = conn.execute(sa.text(_missing(way)), _parameters(way, seen)).all()
         n_missing = sum(row.chunks for row in rows)
         if n_missing > missing:
             transaction.rollback()

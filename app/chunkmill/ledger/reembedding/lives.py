@@ -121,34 +121,23 @@ def require_kept(conn: sa.Connection) -> None:
         raise StoreUnavailable("the database cannot move collections to another space yet. Run: chunkmill migrate")
 
 
-_READ = """
-SELECT r.*, k.name AS collection, k.dropped_at AS collection_dropped_at, k.space_id AS active_space_id, now() AS now,
-       coalesce(f.share, 0) AS share, f.since AS share_since, p.since AS kept_since
-FROM reembeddings r
-JOIN collections k ON k.id = r.collection_id
-LEFT JOIN collection_spaces f ON f.collection_id = r.collection_id AND f.reembedding_id = r.id AND f.role = 'filling'
-LEFT JOIN collection_spaces p ON p.collection_id = r.collection_id AND p.reembedding_id = r.id AND p.role = 'previous'
-"""
-
-
 def get(conn: sa.Connection, reembedding_id: int) -> Life:
     """Raises :class:`NotFound`."""
-    row = conn.execute(sa.text(f"{_READ} WHERE r.id = :id"), {"id": reembedding_id}).one_or_none()
-    if row is None:
+    lives = _read(conn, reembedding_id=reembedding_id)
+    if not lives:
         raise NotFound(f"there is no re-embedding {reembedding_id}; `chunkmill reembed list` lists the latest ones.")
-    return _life(row)
+    return lives[0]
 
 
 def latest_of(conn: sa.Connection, collection: Collection) -> Life:
     """The latest re-embedding of a collection. Raises :class:`NotFound`."""
-    query = f"{_READ} WHERE r.collection_id = :collection ORDER BY r.id DESC LIMIT 1"
-    row = conn.execute(sa.text(query), {"collection": collection.id}).one_or_none()
-    if row is None:
+    lives = latest(conn, [collection.id], 1)
+    if not lives:
         raise NotFound(
             f"collection {collection.name!r} was never moved to another space; `chunkmill reembed start "
             f"{collection.name!r} MODEL` begins it."
         )
-    return _life(row)
+    return lives[0]
 
 
 def find(conn: sa.Connection, which: int | str) -> Life:
@@ -160,16 +149,45 @@ def find(conn: sa.Connection, which: int | str) -> Life:
 
 def latest(conn: sa.Connection, collection_ids: Sequence[int] | None, limit: int) -> list[Life]:
     """The latest re-embeddings, newest first: of these collections, or of all."""
-    query = f"""
-        {_READ}
-        WHERE CAST(:collections AS integer[]) IS NULL OR r.collection_id = ANY(:collections)
+    return _read(conn, collection_ids=collection_ids, limit=limit)
+
+
+def _read(
+    conn: sa.Connection,
+    *,
+    reembedding_id: int | None = None,
+    collection_ids: Sequence[int] | None = None,
+    is_open: bool = False,
+    limit: int = 1,
+) -> list[Life]:
+    """The latest re-embeddings, newest first: the one with this id, those of these collections, or all.
+
+    ``is_open`` leaves out those that have ended.
+    """
+    query = """
+        SELECT r.*, k.name AS collection, k.dropped_at AS collection_dropped_at, k.space_id AS active_space_id,
+               now() AS now, coalesce(f.share, 0) AS share, f.since AS share_since, p.since AS kept_since
+        FROM reembeddings r
+        JOIN collections k ON k.id = r.collection_id
+        LEFT JOIN collection_spaces f
+               ON f.collection_id = r.collection_id AND f.reembedding_id = r.id AND f.role = :filling
+        LEFT JOIN collection_spaces p
+               ON p.collection_id = r.collection_id AND p.reembedding_id = r.id AND p.role = :previous
+        WHERE (CAST(:id AS bigint) IS NULL OR r.id = :id)
+          AND (CAST(:collections AS integer[]) IS NULL OR r.collection_id = ANY(:collections))
+          AND (NOT :is_open OR r.finished_at IS NULL)
         ORDER BY r.id DESC
         LIMIT :limit
     """
-    rows = conn.execute(
-        sa.text(query), {"collections": None if collection_ids is None else list(collection_ids), "limit": limit}
-    )
-    return [_life(row) for row in rows]
+    parameters = {
+        "id": reembedding_id,
+        "collections": None if collection_ids is None else list(collection_ids),
+        "is_open": is_open,
+        "limit": limit,
+        "filling": SpaceRole.FILLING,
+        "previous": SpaceRole.PREVIOUS,
+    }
+    return [_life(row) for row in conn.execute(sa.text(query), parameters)]
 
 
 def to_care_for(conn: sa.Connection) -> list[tuple[int, int]]:
@@ -195,11 +213,8 @@ def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan,
     active = others.lock_for_change(conn, collection.id).active
     if active is None or _is_dropped(conn, collection.id):
         raise collections.not_found(collection.name)
-    opened = conn.execute(
-        sa.text(f"{_READ} WHERE r.collection_id = :collection AND r.finished_at IS NULL"), {"collection": collection.id}
-    ).one_or_none()
-    if opened is not None:
-        return _same(_life(opened), space, plan)
+    for opened in _read(conn, collection_ids=[collection.id], is_open=True):
+        return _same(opened, space, plan)
     if active == space.id:
         raise InvalidInput(
             f"collection {collection.name!r} is in space {space.spec.fingerprint[:12]} ({space.spec.model!r}) already. "

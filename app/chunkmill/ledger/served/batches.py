@@ -15,6 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.db.statements import with_constants
 from chunkmill.domain.served import BatchOrder, FileKind, ServedState
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import LeaseLost
@@ -109,33 +110,38 @@ def create(
     return batch, is_new
 
 
-_SELECT = """
-SELECT b.*, b.expires_at <= now() AS is_expired,
-       coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
-FROM served_batches b
-"""
-
-
 def find(conn: sa.Connection, tenant: str, name: str) -> ServedBatch | None:
     """The tenant's batch; None if there is none."""
     if "\0" in name:
         return None  # no name has it, and Postgres would refuse the query
-    query = f"{_SELECT} WHERE b.tenant = :tenant AND b.name = :name"
+    query = """
+        SELECT b.*, b.expires_at <= now() AS is_expired,
+               coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
+        FROM served_batches b
+        WHERE b.tenant = :tenant AND b.name = :name
+    """
     row = conn.execute(sa.text(query), {"tenant": tenant, "name": name, "stale": float(COUNT_SECONDS)}).one_or_none()
     return None if row is None else _batch(row)
 
 
 def get(conn: sa.Connection, batch_id: int) -> ServedBatch | None:
     """The batch with this id; None if it was pruned."""
-    query = f"{_SELECT} WHERE b.id = :id"
+    query = """
+        SELECT b.*, b.expires_at <= now() AS is_expired,
+               coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
+        FROM served_batches b
+        WHERE b.id = :id
+    """
     row = conn.execute(sa.text(query), {"id": batch_id, "stale": float(COUNT_SECONDS)}).one_or_none()
     return None if row is None else _batch(row)
 
 
 def page(conn: sa.Connection, tenant: str, *, after: int | None, limit: int) -> list[ServedBatch]:
     """The first ``limit`` of the tenant's batches behind the one with the id ``after``, the newest first."""
-    query = f"""
-        {_SELECT}
+    query = """
+        SELECT b.*, b.expires_at <= now() AS is_expired,
+               coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
+        FROM served_batches b
         WHERE b.tenant = :tenant AND (CAST(:after AS bigint) IS NULL OR b.id < CAST(:after AS bigint))
         ORDER BY b.id DESC
         LIMIT :limit
@@ -155,23 +161,29 @@ def cancel_if_open(conn: sa.Connection, batch_id: int) -> bool:
 
 
 # A batch in progress has something to do once its job has ended, or its time is over.
-_CLAIM_DUE = sa.text("""
+_CLAIM_DUE = with_constants(
+    """
 UPDATE served_batches
 SET attempt = attempt + 1, lease_until = now() + make_interval(secs => :lease)
 WHERE id = (
     SELECT b.id
     FROM served_batches b
-    WHERE b.state IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+    WHERE b.state IN (:validating, :in_progress, :finalizing, :cancelling)
       AND b.not_before <= now()
       AND (b.lease_until IS NULL OR b.lease_until < now())
-      AND (b.state <> 'in_progress'
+      AND (b.state <> :in_progress
            OR b.expires_at <= now()
            OR NOT EXISTS (SELECT FROM jobs j WHERE j.id = b.job_id AND j.state IN (:enqueueing, :running)))
     ORDER BY b.not_before, b.id
     LIMIT 1
     FOR UPDATE SKIP LOCKED)
 RETURNING id
-""")
+""",
+    validating=ServedState.VALIDATING,
+    in_progress=ServedState.IN_PROGRESS,
+    finalizing=ServedState.FINALIZING,
+    cancelling=ServedState.CANCELLING,
+)
 
 
 def claim_due(conn: sa.Connection) -> ServedBatch | None:

@@ -106,12 +106,18 @@ def find(conn: sa.Connection, tenant: str, name: str, *, hold: bool = False) -> 
     """The tenant's file; None if there is none. With ``hold`` nobody deletes it until the end of this transaction."""
     if "\0" in name:
         return None  # no name has it, and Postgres would refuse the query
-    query = f"""
+    query = """
         SELECT *
         FROM served_files
         WHERE tenant = :tenant AND name = :name AND is_whole AND (expires_at IS NULL OR expires_at > now())
-        {"FOR KEY SHARE" if hold else ""}
     """
+    if hold:
+        query = """
+            SELECT *
+            FROM served_files
+            WHERE tenant = :tenant AND name = :name AND is_whole AND (expires_at IS NULL OR expires_at > now())
+            FOR KEY SHARE
+        """
     row = conn.execute(sa.text(query), {"tenant": tenant, "name": name}).one_or_none()
     return None if row is None else _file(row)
 

@@ -20,47 +20,68 @@ _FINAL = {
     "expired": ServedState.EXPIRED,
     "cancelled": ServedState.CANCELLED,
 }
-_ENDED = """
-b.state IN (:completed, :failed, :expired, :cancelled)
-AND coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) < :before
-"""
 # A result file goes with its batch, if that is old enough. An input file may be needed by a batch that has not ended.
-_OLD_FILES = f"""
-SELECT f.id
-FROM served_files f
-WHERE f.created_at < :before
-  AND NOT EXISTS (
-      SELECT FROM served_batches b
-      WHERE b.tenant = f.tenant AND b.input_file = f.name
-        AND b.state NOT IN (:completed, :failed, :expired, :cancelled))
-UNION
-SELECT f.id
-FROM served_files f
-JOIN served_batches b ON b.id = f.served_batch_id
-WHERE {_ENDED}
-"""
-_OLD_BATCHES = f"""
-SELECT b.id
-FROM served_batches b
-WHERE {_ENDED}
-"""
-_COUNT_FILES = f"""
+_COUNT_FILES = """
+WITH old AS (
+    SELECT f.id
+    FROM served_files f
+    WHERE f.created_at < :before
+      AND NOT EXISTS (
+          SELECT FROM served_batches b
+          WHERE b.tenant = f.tenant AND b.input_file = f.name
+            AND b.state NOT IN (:completed, :failed, :expired, :cancelled))
+    UNION
+    SELECT f.id
+    FROM served_files f
+    JOIN served_batches b ON b.id = f.served_batch_id
+    WHERE b.state IN (:completed, :failed, :expired, :cancelled)
+      AND coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) < :before
+)
 SELECT count(*) AS rows, coalesce(sum(200 + p.bytes), 0)::bigint AS bytes
-FROM served_files f
-LEFT JOIN LATERAL (
-    SELECT coalesce(sum(pg_column_size(data)), 0) AS bytes FROM served_file_pieces p WHERE p.served_file_id = f.id
-) p ON true
-WHERE f.id IN ({_OLD_FILES})
+FROM old
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(pg_column_size(data)), 0) AS bytes FROM served_file_pieces p WHERE p.served_file_id = old.id
+) p
 """
-_COUNT_BATCHES = f"""
+_DELETE_FILES = """
+WITH old AS (
+    SELECT f.id
+    FROM served_files f
+    WHERE f.created_at < :before
+      AND NOT EXISTS (
+          SELECT FROM served_batches b
+          WHERE b.tenant = f.tenant AND b.input_file = f.name
+            AND b.state NOT IN (:completed, :failed, :expired, :cancelled))
+    UNION
+    SELECT f.id
+    FROM served_files f
+    JOIN served_batches b ON b.id = f.served_batch_id
+    WHERE b.state IN (:completed, :failed, :expired, :cancelled)
+      AND coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) < :before
+)
+DELETE FROM served_files
+WHERE id IN (SELECT id FROM old ORDER BY id LIMIT :most)
+"""
+_COUNT_BATCHES = """
 SELECT count(*) AS rows, coalesce(sum(500 + l.bytes), 0)::bigint AS bytes
 FROM served_batches b
-LEFT JOIN LATERAL (
+CROSS JOIN LATERAL (
     SELECT coalesce(sum(80 + octet_length(custom_id)), 0) AS bytes
     FROM served_batch_lines l
     WHERE l.served_batch_id = b.id
-) l ON true
-WHERE b.id IN ({_OLD_BATCHES})
+) l
+WHERE b.state IN (:completed, :failed, :expired, :cancelled)
+  AND coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) < :before
+"""
+_DELETE_BATCHES = """
+DELETE FROM served_batches
+WHERE id IN (
+    SELECT b.id
+    FROM served_batches b
+    WHERE b.state IN (:completed, :failed, :expired, :cancelled)
+      AND coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) < :before
+    ORDER BY b.id
+    LIMIT :most)
 """
 
 
@@ -80,14 +101,13 @@ def prune_served(
         }
     if dry_run:
         return amounts
-    for table, old, n_rows in (
-        ("served_files", _OLD_FILES, amounts["served_files"].rows),
-        ("served_batches", _OLD_BATCHES, amounts["served_batches"].rows),
+    for table, delete, n_rows in (
+        ("served_files", _DELETE_FILES, amounts["served_files"].rows),
+        ("served_batches", _DELETE_BATCHES, amounts["served_batches"].rows),
     ):
         done = 0
         while True:
             with db.begin() as conn:
-                delete = f"DELETE FROM {table} WHERE id IN (SELECT id FROM ({old}) old ORDER BY id LIMIT :most)"
                 deleted = conn.execute(_text(delete), {"before": before, "most": SLICE}).rowcount
             if not deleted:
                 break

@@ -16,7 +16,7 @@ _OF_JOB = sa.text("""
 SELECT u.*,
        CASE WHEN u.outcome IS NOT NULL THEN u.outcome
             WHEN b.attempt > u.attempt THEN 'superseded'
-            WHEN b.state = :running THEN 'running'
+            WHEN b.state = :running THEN :running
             ELSE 'interrupted' END AS shown_outcome,
        CASE WHEN u.outcome = :failed AND b.attempt = u.attempt THEN b.error ELSE u.evidence END AS shown_evidence
 FROM usage u

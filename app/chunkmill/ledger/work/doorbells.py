@@ -28,7 +28,7 @@ class _Queue:
 
 
 @dataclass(slots=True)
-class _Rung:
+class _RungBells:
     """Available ChunkBatches of one priority whose bell was rung: how many of each job, and how many long ago."""
 
     by_job: Counter[int] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ def ring_due(
     due: list[Doorbell] = []
     for rank in sorted(priority.rank for priority in Priority):
         ahead = sum(n for step, n in queued.items() if step <= rank)
-        rung = counts.get(rank, _Rung())
+        rung = counts.get(rank, _RungBells())
         room = window - ahead
         plan = plan_doorbells(room=room, queued=queued[rank], rung=rung.by_job.total(), stale=rung.stale)
         fresh = _take_due(conn, _Queue(bells.route, rank), rung.by_job, limit=plan.fresh)
@@ -89,12 +89,12 @@ GROUP BY priority, job_id
 )
 
 
-def _count_rung(conn: sa.Connection, route: Route, *, repair_seconds: float) -> dict[int, _Rung]:
+def _count_rung(conn: sa.Connection, route: Route, *, repair_seconds: float) -> dict[int, _RungBells]:
     """The rung ChunkBatches of a route, by priority. They are no more than the windows hold."""
     rows = conn.execute(_COUNT_RUNG, {"age": repair_seconds, "route": route})
-    counts: dict[int, _Rung] = {}
+    counts: dict[int, _RungBells] = {}
     for priority, job_id, rung, stale in rows:
-        count = counts.setdefault(priority, _Rung())
+        count = counts.setdefault(priority, _RungBells())
         count.by_job[job_id] += rung
         count.stale += stale
     return counts

@@ -91,7 +91,7 @@ class RetryCharged:
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class SendAlone:
     """Send each content in a request of its own: one of them is at fault, or all together. Counts as an attempt.
 
     ``too_large`` says that the request was too large, so that smaller ones are enough.
@@ -102,7 +102,7 @@ class Alone:
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
+class BuryContent:
     """Put the one content of the request on the dead list."""
 
     code: str
@@ -110,7 +110,7 @@ class Dead:
 
 
 AfterValidation = Resend | Reupload | Split | Isolate | Wait | GiveUp | StopLane
-AfterLine = RetryUncharged | RetryCharged | Alone | Dead | StopLane
+AfterLine = RetryUncharged | RetryCharged | SendAlone | BuryContent | StopLane
 
 
 def after_validation_failure(
@@ -182,8 +182,8 @@ def after_line_error(status: int | None, code: str, message: str, *, n_inputs_in
             return RetryCharged(reason)
         case Meaning.SIZE | Meaning.TEXT:
             if n_inputs_in_request == 1:
-                return Dead(code, reason)
-            return Alone(reason, too_large=refused.meaning is Meaning.SIZE)
+                return BuryContent(code, reason)
+            return SendAlone(reason, too_large=refused.meaning is Meaning.SIZE)
 
 
 def poll_pause(age_s: float, *, longest_s: float) -> float:

@@ -29,7 +29,7 @@ _EMPTY_REASON = "the text is empty, and this provider takes no empty texts; add 
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class TextWindow:
     """One input as it is sent. ``weight`` is that of its vector in the content's mean; 1 if it is the only one."""
 
     text: str
@@ -42,7 +42,7 @@ class ProviderInput:
     """A content to be sent: one window with its text or the part that fits, or several if long texts are split."""
 
     content_hash: bytes
-    windows: tuple[Window, ...]
+    windows: tuple[TextWindow, ...]
     n_tokens: int
     """Of the whole text."""
     truncated: bool = False
@@ -79,7 +79,7 @@ def _prepare(
     if not text:
         return RefusedInput(content_hash, "empty_text", _EMPTY_REASON)
     truncated = False
-    windows = [Window(text, n_tokens)]
+    windows = [TextWindow(text, n_tokens)]
     if n_tokens > limit:
         if on_long is OnLong.REJECT:
             return RefusedInput(content_hash, "too_long", too_long_reason(n_tokens, limit))
@@ -91,7 +91,7 @@ def _prepare(
     return ProviderInput(content_hash, tuple(windows), n_tokens, truncated)
 
 
-def _too_much(windows: Sequence[Window], n_tokens: int, limits: BatchLimits) -> tuple[str, str] | None:
+def _too_much(windows: Sequence[TextWindow], n_tokens: int, limits: BatchLimits) -> tuple[str, str] | None:
     """``(code, reason)`` if the windows do not fit into a request of their own; None if they do."""
     most = min(limits.inputs_per_request, limits.inputs)
     if len(windows) > most or sum(window.n_tokens for window in windows) > limits.tokens_per_request:
@@ -111,7 +111,7 @@ def _too_much(windows: Sequence[Window], n_tokens: int, limits: BatchLimits) -> 
     return None
 
 
-def longest_prefix(text: str, counter: TokenCounter, limit: int) -> Window:
+def longest_prefix(text: str, counter: TokenCounter, limit: int) -> TextWindow:
     """The longest prefix of ``text``, in whole characters, that has at most ``limit`` tokens by itself."""
     ends = counter.ends(text)
     room = limit - counter.overhead
@@ -124,7 +124,7 @@ def longest_prefix(text: str, counter: TokenCounter, limit: int) -> Window:
             break
     while (n_tokens := counter.counts([text[:end]])[0]) > limit:  # a tokenizer that looks across words
         end -= 1
-    return Window(text[:end], n_tokens)
+    return TextWindow(text[:end], n_tokens)
 
 
 def _word_end(text: str, before: int) -> int:
@@ -135,7 +135,7 @@ def _word_end(text: str, before: int) -> int:
     return max(0, before - _LOOK_BACK)
 
 
-def split(text: str, counter: TokenCounter, limit: int) -> list[Window]:
+def split(text: str, counter: TokenCounter, limit: int) -> list[TextWindow]:
     """Overlapping windows of at most ``limit`` tokens each, by the rule of every split space (`window_bounds`).
 
     The rule counts the tokens of the whole text. A window is sent as a text of its own, in which its first and last
@@ -149,5 +149,5 @@ def split(text: str, counter: TokenCounter, limit: int) -> list[Window]:
         counts = counter.counts(texts)
         excess = max(counts) - limit
         if excess <= 0:
-            return [Window(part, n, bound.weight) for part, n, bound in zip(texts, counts, bounds, strict=True)]
+            return [TextWindow(part, n, bound.weight) for part, n, bound in zip(texts, counts, bounds, strict=True)]
         room -= excess

@@ -36,7 +36,7 @@ class SentRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Longest:
+class LengthLimits:
     """How many bytes a line and a whole file can have."""
 
     line: int
@@ -65,13 +65,13 @@ def longest_answer(inputs: int, dimensions: int) -> int:
     return inputs * max(dimensions, DIMENSIONS) * NUMBER_BYTES + SLACK_BYTES
 
 
-def longest_file(requests: int, inputs: int, widest: int, dimensions: int) -> Longest:
+def longest_file(requests: int, inputs: int, widest: int, dimensions: int) -> LengthLimits:
     """How many bytes a result file, and each of its lines, can have. Any line may come twice.
 
     ``inputs`` are those of all ``requests`` of the file, and ``widest`` those of the largest.
     """
     whole = longest_answer(inputs, dimensions) + requests * LINE_BYTES
-    return Longest(longest_answer(widest, dimensions), 2 * whole)
+    return LengthLimits(longest_answer(widest, dimensions), 2 * whole)
 
 
 def read_answer(

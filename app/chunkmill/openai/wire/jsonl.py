@@ -55,7 +55,7 @@ TOO_LONG: Final = b""
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableLine:
     """A line without an answer. Its code is one of ``UNREADABLE``."""
 
     code: str
@@ -146,25 +146,27 @@ def decode_line(
     normalize: bool,
     tokens_factor: float = TOKENS_FACTOR,
     secrets: Sequence[str] = (),
-) -> EmbeddedRequest | RefusedRequest | Unreadable:
+) -> EmbeddedRequest | RefusedRequest | UnreadableLine:
     """Read one line of an output or error file.
 
     ``sent(request_no)`` is what was sent in the request; None if there was no such request. ``dimensions`` are those of
     the space. ``secrets`` are removed from messages. Raises nothing for any bytes.
     """
     if line == TOO_LONG:
-        return Unreadable("too_long", "a line is longer than the answer to any request of this ProviderBatch")
+        return UnreadableLine("too_long", "a line is longer than the answer to any request of this ProviderBatch")
     answer = parse(line)
     if not isinstance(answer, dict):
-        return Unreadable("not_json", f"a line of {len(line)} bytes is not a JSON object")
+        return UnreadableLine("not_json", f"a line of {len(line)} bytes is not a JSON object")
     given = answer.get("custom_id")
     if given is None or given == "":
-        return Unreadable("no_custom_id", "a line has no custom_id")
+        return UnreadableLine("no_custom_id", "a line has no custom_id")
     ids = parse_custom_id(given)
     request = sent(ids[1]) if ids and ids[0] == batch_id else None
     if ids is None or request is None:
         ours = ids[1] if ids and ids[0] == batch_id else None
-        return Unreadable("unknown_custom_id", f"a line answers {redact(given, secrets)!r}, which was not sent", ours)
+        return UnreadableLine(
+            "unknown_custom_id", f"a line answers {redact(given, secrets)!r}, which was not sent", ours
+        )
     response = answer.get("response")
     status = _status(response)
     body = _body(response)
@@ -182,7 +184,7 @@ def decode_line(
             return embedded
     error = answer.get("error") or _error_in(body, status)
     if not error and (status is None or status < _HTTP_ERROR):
-        return Unreadable("no_answer", "a line has neither vectors nor an error", ids[1])
+        return UnreadableLine("no_answer", "a line has neither vectors nor an error", ids[1])
     return _refused(ids[1], status, error, secrets)
 
 

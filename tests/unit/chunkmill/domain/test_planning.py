@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkmill.domain.chunks import PreparedChunk, prepare
-from chunkmill.domain.planning import KnownVector, cut, distinct, plan_window
+from chunkmill.domain.planning import KnownVector, distinct, into_chunk_batches, plan_window
 from chunkmill.domain.spaces import OnLong
 
 
@@ -38,10 +38,10 @@ def test_a_truncated_hit_is_dead_only_under_reject() -> None:
 
 def test_what_fills_a_chunk_batch_exactly_stays_together() -> None:
     texts = {bytes([n]): b"x" * 10 for n in range(5)}
-    assert [len(batch) for batch in cut(texts, 100, 20)] == [2, 2, 1]
-    assert [len(batch) for batch in cut(texts, 2, 100)] == [2, 2, 1]
-    assert [len(batch) for batch in cut(texts, 5, 50)] == [5]
-    assert [len(batch) for batch in cut({b"long": b"x" * 21} | texts, 100, 20)] == [1, 2, 2, 1]
+    assert [len(batch) for batch in into_chunk_batches(texts, 100, 20)] == [2, 2, 1]
+    assert [len(batch) for batch in into_chunk_batches(texts, 2, 100)] == [2, 2, 1]
+    assert [len(batch) for batch in into_chunk_batches(texts, 5, 50)] == [5]
+    assert [len(batch) for batch in into_chunk_batches({b"long": b"x" * 21} | texts, 100, 20)] == [1, 2, 2, 1]
 
 
 @given(
@@ -51,7 +51,7 @@ def test_what_fills_a_chunk_batch_exactly_stays_together() -> None:
 )
 def test_cut_loses_nothing_and_keeps_both_limits(texts: list[bytes], contents: int, size: int) -> None:
     missing = {text: text for text in texts}
-    batches = cut(missing, contents, size)
+    batches = into_chunk_batches(missing, contents, size)
     assert [h for batch in batches for h in batch] == texts
     for batch in batches:
         assert 1 <= len(batch) <= contents

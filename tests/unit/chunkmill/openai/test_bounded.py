@@ -12,7 +12,7 @@ import pytest
 from chunkmill.errors import ProviderError, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.openai.bounded import LONGEST_ERROR
 from chunkmill.openai.http import Provider
-from chunkmill.openai.wire.answers import Longest, longest_answer, longest_file
+from chunkmill.openai.wire.answers import LengthLimits, longest_answer, longest_file
 from chunkmill.openai.wire.jsonl import TOO_LONG
 from chunkmill.settings import Settings
 from tests.openai_server import OpenAIServer
@@ -23,7 +23,7 @@ from tests.support.waiting import PATIENCE
 
 TIMEOUT_S = 0.5
 ENDPOINTS = ("embeddings.create", "files.create", "batches.create", "batches.retrieve", "batches.list", "files.content")
-ROOMY = Longest(1 << 22, 1 << 24)
+ROOMY = LengthLimits(1 << 22, 1 << 24)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_the_longest_answer_that_is_right_is_read(server: OpenAIServer, provider
 def test_a_line_without_end_costs_only_itself(server: OpenAIServer, provider: Provider) -> None:
     file_id = provider.upload("x.jsonl", io.BytesIO(b"{}\n" + b"x" * 3_000_000 + b"\n[]\n"))
 
-    with provider.lines(file_id, Longest(1_000_000, 10_000_000)) as lines:
+    with provider.lines(file_id, LengthLimits(1_000_000, 10_000_000)) as lines:
         assert list(lines) == [b"{}", TOO_LONG, b"[]"]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from chunkmill.errors import ProviderError
 from chunkmill.openai.http import Provider
-from chunkmill.openai.wire.answers import Longest
+from chunkmill.openai.wire.answers import LengthLimits
 from chunkmill.settings import Settings
 from tests.support.waiting import PATIENCE
 
@@ -111,7 +111,7 @@ def test_azures_version_is_sent_with_every_request(server: PrivateServer, provid
     provider.retrieve("batch_1")
     provider.cancel("batch_1")
     assert len(provider.find("file-1", "token", since=datetime.fromtimestamp(0, UTC))) == 3  # pages
-    with provider.lines("file-1", Longest(line=1_000, file=10_000)) as lines:
+    with provider.lines("file-1", LengthLimits(line=1_000, file=10_000)) as lines:
         list(lines)
     provider.delete_file("file-1")
     provider.files_named("x")

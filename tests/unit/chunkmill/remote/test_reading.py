@@ -36,7 +36,7 @@ from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import GatewayUnavailable
 from chunkmill.gateway.shapes import dumped, plain
 from chunkmill.remote.collections import LONGEST_HEADER
-from chunkmill.remote.reading import Unreadable, parse, read, read_vector
+from chunkmill.remote.reading import UnreadableAnswer, parse, read, read_vector
 from tests.support.remotes import Asked, Said, remote, scripted
 
 OF_UPKEEP = [RetriedDead, DroppedDead, DroppedCollection, DeadDetails, Attempt]
@@ -108,18 +108,18 @@ HIT = {"score": 0.5, "chunk_id": "c", "text": "t", "metadata": {}, "truncated": 
     ],
 )
 def test_a_field_that_is_wrong_is_named_and_not_quoted(change: dict[str, Any], place: str) -> None:
-    with pytest.raises(Unreadable, match=place) as raised:
+    with pytest.raises(UnreadableAnswer, match=place) as raised:
         read(SearchHit, HIT | change)
     assert "high" not in str(raised.value)
     for name in HIT:
-        with pytest.raises(Unreadable, match=f"has no {name}"):
+        with pytest.raises(UnreadableAnswer, match=f"has no {name}"):
             read(SearchHit, {key: value for key, value in HIT.items() if key != name})
     assert read(SearchHit, HIT | {"of a later release": 1}) == read(SearchHit, HIT)
 
 
 @pytest.mark.parametrize("given", ["", "AAA", "not base64!", "AAAAAAA=", [], [[1.0]], ["a"], None, {}, 7, [1e300]])
 def test_what_is_no_vector_is_refused(given: Any) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableAnswer):
         read_vector(given, "v")
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkmill.domain.spaces import LongText, OnLong, long_text_for
-from chunkmill_workers.engine.windows import Frame, cut, make_rows, split
+from chunkmill_workers.engine.windows import Frame, make_rows, split, truncate
 
 IDS = np.arange(10, dtype=np.int32)
 
@@ -19,8 +19,8 @@ def test_cutting_keeps_special_tokens_on_either_side() -> None:
     right = Frame(prefix=IDS[:1], suffix=IDS[-2:])
     left = Frame(prefix=IDS[:1], suffix=IDS[-2:], cut_left=True)
 
-    assert cut(IDS, 6, right).tolist() == [0, 1, 2, 3, 8, 9]
-    assert cut(IDS, 6, left).tolist() == [0, 5, 6, 7, 8, 9]
+    assert truncate(IDS, 6, right).tolist() == [0, 1, 2, 3, 8, 9]
+    assert truncate(IDS, 6, left).tolist() == [0, 5, 6, 7, 8, 9]
 
 
 def test_neighbours_share_an_eighth_of_a_window_and_all_are_equally_long() -> None:

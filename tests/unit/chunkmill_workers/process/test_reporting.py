@@ -11,7 +11,7 @@ from chunkmill.telemetry.counts import Counts
 from chunkmill.telemetry.metrics import Role
 from chunkmill_workers.host.gpu import ClaimedDevice
 from chunkmill_workers.process import reporting
-from chunkmill_workers.process.reporting import NO_GPU, Reporter, Window, Worker
+from chunkmill_workers.process.reporting import NO_GPU, LastMinute, Reporter, Worker
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_a_report_counts_the_last_minute_and_not_what_was_before_it(clock: SimpleNamespace) -> None:
     counts = Counts()
-    window = Window(counts)
+    minute = LastMinute(counts)
     reports = []
     for second, contents in ((10, 1), (20, 2), (50, 4), (80, 8), (100, 16), (400, 32)):
         clock.now = 1000.0 + second
         counts.add(m.CONTENTS, contents)
-        seconds, (counted, *_) = window.take()
+        seconds, (counted, *_) = minute.take()
         reports.append((seconds, counted))
     # Each reaches back to the latest look that is a minute old, or to the start.
     assert reports == [(10, 1), (20, 3), (50, 7), (60, 12), (80, 28), (300, 32)]

@@ -30,7 +30,7 @@ from chunkmill_workers.supervisor.supervision import (
     plan_places,
     read_ending,
 )
-from chunkmill_workers.supervisor.supervisor import PARENT, Supervisor, TakeBack, supervisor_is_gone
+from chunkmill_workers.supervisor.supervisor import PARENT, LeaseRecovery, Supervisor, supervisor_is_gone
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, until
 
@@ -185,7 +185,7 @@ def test_after_the_signal_to_stop_nothing_is_started(monkeypatch: pytest.MonkeyP
 
 
 def test_postgres_away_is_said_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
-    ledger = TakeBack(create_db("postgresql+psycopg://nobody@127.0.0.1:1/none", role="supervisor", pool_size=1))
+    ledger = LeaseRecovery(create_db("postgresql+psycopg://nobody@127.0.0.1:1/none", role="supervisor", pool_size=1))
     with caplog.at_level(logging.INFO):
         for pid in (1, 2, 3):
             ledger.report(pid, "ended by SIGSEGV")

@@ -76,23 +76,23 @@ def run(
 
 
 def by_kind(setup: Setup) -> float:
-    """native bf16 is the fastest kind, 1,024 tokens the best budget, and all threads the best number."""
+    """native bf16 is the fastest kind, 1,024 tokens the best limit of a pass, and all threads the best number."""
     kind = {"native bf16": 4.0, "native fp32": 2.0, "onnx fp32": 3.0, "openvino fp32": 1.0}[setup.kind]
     return kind * {256: 1.0, 512: 1.1, 1024: 1.2}[setup.batch_tokens] * setup.threads
 
 
 def test_the_clock_is_spent_on_those_that_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = run(by_kind, monkeypatch)
-    budgets = {kind: sorted(s.batch_tokens for s in candidates if s.kind == kind and s.threads == 4) for kind in
+    limits = {kind: sorted(s.batch_tokens for s in candidates if s.kind == kind and s.threads == 4) for kind in
                ("native bf16", "native fp32", "onnx fp32", "openvino fp32")}  # fmt: skip
-    assert budgets == {
+    assert limits == {
         "native bf16": [256, 512, 1024],  # the better half
         "native fp32": [512],
         "onnx fp32": [256, 512, 1024],
         "openvino fp32": [512],
     }
     assert {(s.kind, s.batch_tokens, s.threads) for s in candidates if s.threads < 4} == {
-        ("native bf16", budget, threads) for budget in (512, 1024) for threads in (1, 2)
+        ("native bf16", limit, threads) for limit in (512, 1024) for threads in (1, 2)
     }  # the best two alone
     rounds = sorted(candidate.measured.rounds for candidate in candidates.values() if candidate.measured)
     assert rounds == [1] * (len(candidates) - 4) + [1 + ROUNDS] * 2 + [1 + 2 * ROUNDS] * 2

@@ -163,14 +163,14 @@ class Quantizer:
         self._roles = itertools.cycle(_ROLES)
         self._slots = slots
         self._half = half
-        self._up: _Up | None = None
+        self._up: _FirstProduct | None = None
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> Linear:
         role, seen = next(self._roles), next(self._ranges)
         weight = weight.detach().float()
         bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
         if role == "up" and activation in EPILOGUES:
-            self._up = _Up(weight, bias, activation, seen)
+            self._up = _FirstProduct(weight, bias, activation, seen)
             return lambda x: x  # `down` computes both products
         if role == "down" and self._up is not None:
             up, self._up = self._up, None
@@ -184,7 +184,7 @@ class Quantizer:
         act = ACTIVATIONS[activation] if activation is not None else None
         return lambda x: run(quantise(x)) if act is None else act(run(quantise(x)))
 
-    def _mlp(self, up: _Up, weight: torch.Tensor, bias: torch.Tensor, seen: Range) -> Linear:
+    def _mlp(self, up: _FirstProduct, weight: torch.Tensor, bias: torch.Tensor, seen: Range) -> Linear:
         """A layer that computes both products; ``weight``, ``bias`` and ``seen`` are those of the second one."""
         outer = _smooth_grid(up.seen, up.weight, ALPHA["up"])
         kept = seen.high.topk(min(KEPT, len(seen.high) // 2)).indices
@@ -210,7 +210,7 @@ class Quantizer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Up:
+class _FirstProduct:
     """The first product of an MLP, kept until the second is known."""
 
     weight: torch.Tensor

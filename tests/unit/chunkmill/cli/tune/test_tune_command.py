@@ -122,7 +122,12 @@ def test_what_is_ordered(orders: list[Mapping[str, Any]], tmp_path: Path) -> Non
     assert full["constraints"] == {
         "min_cosine": 0.995, "of_mean": True, "max_memory_mib": 1024.0, "max_latency_ms": None, "min_throughput": None,
     }  # fmt: skip
-    assert (full["budgets"], full["dtypes"], full["backends"], full["threads"]) == ([64], ["bfloat16"], ["native"], [2])
+    assert (full["batch_tokens"], full["dtypes"], full["backends"], full["threads"]) == (
+        [64],
+        ["bfloat16"],
+        ["native"],
+        [2],
+    )
 
 
 def test_texts_that_are_not_there_are_refused_before_anything_is_measured(

@@ -27,7 +27,7 @@ MACHINE = Machine("AMD EPYC <9654>", 2, ("avx2",))
 
 
 def candidate(speed: float | None, memory: float = 500.0, latency: float = 7.0, **changes: Any) -> Candidate:
-    setup = Setup("native", "bfloat16", changes.pop("budget", 1024), 2, 2)
+    setup = Setup("native", "bfloat16", changes.pop("batch_tokens", 1024), 2, 2)
     measured_values = {"cosine_min": 0.99995, "cosine_mean": 0.99999, "rounds": 1} | changes
     return Candidate(
         setup, SetupMeasurement(tokens_per_second=speed, latency_ms=latency, peak_mib=memory, **measured_values)
@@ -64,10 +64,10 @@ def test_a_candidate_names_every_constraint_it_breaks() -> None:
     assert ANY.failures(FAST) == ()
 
 
-def test_equally_fast_ones_are_told_apart_by_memory_then_time_then_budget() -> None:
+def test_equally_fast_ones_are_told_apart_by_memory_then_time_then_batch_tokens() -> None:
     small = candidate(900.0, 700.0, 9.0)
     quick = candidate(900.0, 700.0, 8.0)
-    narrow = candidate(900.0, 700.0, 8.0, budget=512)
+    narrow = candidate(900.0, 700.0, 8.0, batch_tokens=512)
     assert choose([FAST, small], ANY) is small
     assert choose([small, quick], ANY) is quick
     assert choose([narrow, quick], ANY) is narrow is choose([quick, narrow], ANY)
@@ -114,7 +114,7 @@ def test_the_picture_is_svg_and_names_model_machine_winner_and_limits() -> None:
 
 def test_a_picture_of_one_candidate_shows_it_within_the_frame_with_its_label() -> None:
     """Where there is no difference between candidates to make a scale of."""
-    alone = candidate(900.0, latency=7.0, budget=2048)
+    alone = candidate(900.0, latency=7.0, batch_tokens=2048)
     svg = ET.fromstring(draw([alone], ANY, alone, model="m", machine=MACHINE, on="2026-01-02"))  # noqa: S314
     space = "{http://www.w3.org/2000/svg}"
     (group,) = svg.findall(f"{space}g")

@@ -11,7 +11,7 @@ import pytest
 from chunkmill.domain.served import chunk_id, position_of, window_seconds
 from chunkmill.gateway.batches.keeper import CANCELLED, EXPIRED, judge
 from chunkmill.gateway.batches.lines import FileError, FileModel, LineReader, split_lines, texts_of
-from chunkmill.gateway.routes.files import _cut
+from chunkmill.gateway.routes.files import _part_of
 from chunkmill.ledger.served.lines import NO_INPUTS, DeadInput, Inputs, Line
 
 
@@ -137,4 +137,4 @@ def test_a_range_is_cut_out_of_pieces() -> None:
         pieces = [whole[i : i + size] for i in range(0, 10, size)]
         for first in range(10):
             for end in range(first + 1, 11):
-                assert b"".join(_cut(iter(pieces), first, end - first)) == whole[first:end]
+                assert b"".join(_part_of(iter(pieces), first, end - first)) == whole[first:end]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chunkmill.gateway.limits.buckets import Bucket
-from chunkmill.gateway.limits.room import MOST_SECONDS, Room
+from chunkmill.gateway.limits.room import MOST_SECONDS, WaitingRoom
 
 
 def test_a_bucket_gives_a_minutes_worth_at_once_and_then_its_rate() -> None:
@@ -46,7 +46,7 @@ def test_a_correction_gives_back_or_takes_more_and_never_overfills() -> None:
 
 
 def test_a_quarter_of_the_room_is_kept_for_small_requests() -> None:
-    room = Room(100, 1000)
+    room = WaitingRoom(100, 1000)
     assert room.take(75, 10, is_small=False) is not None
     assert room.take(9, 10, is_small=False) is None
     assert room.take(8, 10, is_small=True) is not None
@@ -55,7 +55,7 @@ def test_a_quarter_of_the_room_is_kept_for_small_requests() -> None:
 
 
 def test_a_request_larger_than_the_room_is_let_in_when_the_room_is_empty() -> None:
-    room = Room(10, 100)
+    room = WaitingRoom(10, 100)
     hold = room.take(20, 1000, is_small=False)
     assert hold is not None
     assert room.take(1, 1, is_small=True) is None
@@ -64,7 +64,7 @@ def test_a_request_larger_than_the_room_is_let_in_when_the_room_is_empty() -> No
 
 
 def test_a_hold_that_grows_finds_the_same_bounds_and_one_that_shrinks_always_fits() -> None:
-    room = Room(100, 1000)
+    room = WaitingRoom(100, 1000)
     first, second = room.take(1, 700, is_small=False), room.take(1, 100, is_small=True)
     assert first is not None
     assert second is not None
@@ -80,7 +80,7 @@ def test_a_hold_that_grows_finds_the_same_bounds_and_one_that_shrinks_always_fit
 
 
 def test_whoever_finds_no_room_is_told_how_long_it_takes_at_the_measured_rate() -> None:
-    room = Room(1000, 100_000)
+    room = WaitingRoom(1000, 100_000)
     assert room.retry_after(0.0) == 1.0
     waiting = room.take(1, 3000, is_small=False)
     assert waiting is not None

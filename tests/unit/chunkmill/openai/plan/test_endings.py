@@ -10,14 +10,14 @@ import pytest
 from openai.types import Batch
 
 from chunkmill.openai.plan.endings import (
-    Alone,
-    Dead,
+    BuryContent,
     GiveUp,
     Isolate,
     Resend,
     RetryCharged,
     RetryUncharged,
     Reupload,
+    SendAlone,
     Split,
     StopLane,
     Wait,
@@ -252,9 +252,9 @@ def test_what_concerns_the_most_decides() -> None:
         (404, "model_not_found", StopLane, StopLane),
         (404, "http_404", StopLane, StopLane),
         (405, "http_405", StopLane, StopLane),
-        (400, "max_tokens_per_request", Alone, Dead),
-        (413, "http_413", Alone, Dead),
-        (422, "http_422", Alone, Dead),
+        (400, "max_tokens_per_request", SendAlone, BuryContent),
+        (413, "http_413", SendAlone, BuryContent),
+        (422, "http_422", SendAlone, BuryContent),
     ],
 )
 def test_after_an_error_of_one_request(status: int | None, code: str, several: type, single: type) -> None:
@@ -273,7 +273,7 @@ def test_a_limit_of_a_request_is_told_from_a_limit_of_the_account_and_from_what_
     bad = after_line_error(400, "invalid_value", "A text is bad.", n_inputs_in_request=9)
 
     assert (limit, expired) == (RetryUncharged(limit.reason, limited=True), RetryUncharged(expired.reason))
-    assert (large, bad) == (Alone(large.reason, too_large=True), Alone(bad.reason))
+    assert (large, bad) == (SendAlone(large.reason, too_large=True), SendAlone(bad.reason))
 
 
 def test_a_quota_that_only_the_message_names_stops_the_lane() -> None:

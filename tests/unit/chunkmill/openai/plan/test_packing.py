@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkmill.openai.plan.inputs import ProviderInput, Window
+from chunkmill.openai.plan.inputs import ProviderInput, TextWindow
 from chunkmill.openai.plan.limits import BatchLimits, Headroom
 from chunkmill.openai.plan.packing import PackedInput, Packer
 from chunkmill.openai.wire.jsonl import RequestForm, custom_id, encode_request
@@ -20,7 +20,7 @@ FORM = RequestForm("text-embedding-3-small", 1536)
 
 def item(number: int, *windows: tuple[str, int]) -> ProviderInput:
     many = len(windows) > 1
-    made = tuple(Window(text, tokens, weight=tokens if many else 1) for text, tokens in windows)
+    made = tuple(TextWindow(text, tokens, weight=tokens if many else 1) for text, tokens in windows)
     return ProviderInput(number.to_bytes(32, "big"), made, sum(tokens for _, tokens in windows))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest
 from chunkmill.openai.wire.bounds import believed_tokens
-from chunkmill.openai.wire.jsonl import TOO_LONG, RefusedRequest, Unreadable, decode_line
+from chunkmill.openai.wire.jsonl import TOO_LONG, RefusedRequest, UnreadableLine, decode_line
 
 DIMENSIONS = 4
 VECTORS = np.array([[3, 4, 0, 0], [0, 0, 0.5, 0], [1, -1, 1, -1]], np.float32)
@@ -289,7 +289,7 @@ UNREADABLE: list[tuple[str, bytes, str, int | None]] = [
 def test_a_line_that_answers_nothing_says_why(line: bytes, code: str, request_no: int | None) -> None:
     read = decode(line)
 
-    assert isinstance(read, Unreadable)
+    assert isinstance(read, UnreadableLine)
     assert (read.code, read.request_no) == (code, request_no)
     assert len(read.reason) < 400
 
@@ -308,7 +308,7 @@ ODD_LINES = JSON.map(lambda value: json.dumps({"custom_id": "pb5-2", "response":
 @settings(deadline=None)
 @given(line=st.binary(max_size=200) | ODD_LINES)
 def test_nothing_that_is_sent_makes_the_decoder_fail(line: bytes) -> None:
-    assert isinstance(decode(line), EmbeddedRequest | RefusedRequest | Unreadable)
+    assert isinstance(decode(line), EmbeddedRequest | RefusedRequest | UnreadableLine)
 
 
 def test_messages_hold_no_secret_no_text_and_few_characters() -> None:

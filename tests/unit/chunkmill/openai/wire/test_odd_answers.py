@@ -22,7 +22,7 @@ from chunkmill.errors import ProviderError, ProviderSilent
 from chunkmill.openai.plan.endings import after_line_error, after_validation_failure
 from chunkmill.openai.wire.answers import EmbeddedRequest, SentRequest, error_of, parse, parse_object, read_plain
 from chunkmill.openai.wire.bounds import MAX_COUNT
-from chunkmill.openai.wire.jsonl import RefusedRequest, Unreadable, decode_line
+from chunkmill.openai.wire.jsonl import RefusedRequest, UnreadableLine, decode_line
 from chunkmill.openai.wire.redaction import redact
 from chunkmill.openai.wire.status import RemoteBatch, remote_batch
 from tests.unit.chunkmill.openai.wire.odd_bodies import DIMENSIONS, INPUTS, batch, line, oddly_encoded, plain_or_error
@@ -63,7 +63,7 @@ def read_batch(encoded: bytes) -> object:
 
 
 READERS: list[tuple[Callable[[random.Random], Any], Callable[[bytes], object], tuple[type, ...]]] = [
-    (line, read_line, (EmbeddedRequest, RefusedRequest, Unreadable)),
+    (line, read_line, (EmbeddedRequest, RefusedRequest, UnreadableLine)),
     (plain_or_error, read_body, (EmbeddedRequest, dict)),
     (batch, read_batch, (RemoteBatch, str)),
 ]

@@ -21,7 +21,7 @@ TRIAL_AFTER = 64
 _LONGEST_PATIENCE = 65_536
 
 
-class TokenBudget:
+class TokenLimit:
     """The most tokens of one forward pass, for one device, model and number format.
 
     A pass that did not fit the device's memory halves the number. Memory may be short for a moment only, because

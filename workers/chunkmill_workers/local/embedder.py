@@ -60,8 +60,8 @@ class WorkerLeaves(Exception):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LaneRequest:
-    """A request. One of its callbacks is called once, by a thread of the lane; they must not take long."""
+class AwaitedRequest:
+    """A request. One of its callbacks is called once, by a thread of the embedder; they must not take long."""
 
     space: Space
     kind: Kind
@@ -96,7 +96,7 @@ class Models(Protocol):
 class _Item:
     """A request with what is known of its texts so far."""
 
-    asked: LaneRequest
+    asked: AwaitedRequest
     number: int
     rank: Rank
     next: int = 0
@@ -109,11 +109,11 @@ class _Item:
     """Its arrays are filled as passes land."""
     missing: NDArray[np.bool_] | None = None
     """(n,) bool: which texts have no vector yet."""
-    span: tracing.Begun | None = None
+    span: tracing.OpenSpan | None = None
     """The request from here to its answer; None if its caller has no trace."""
 
     @classmethod
-    def of(cls, asked: LaneRequest, number: int) -> _Item:
+    def of(cls, asked: AwaitedRequest, number: int) -> _Item:
         is_small = asked.urgency == 0 and len(asked.texts) <= SLICE_TEXTS
         is_small = is_small and sum(map(estimated_tokens, asked.texts)) <= INTERACTIVE_TOKENS
         item = cls(asked, number, Rank.INTERACTIVE if is_small else Rank.SYNCHRONOUS)
@@ -228,7 +228,7 @@ class _Slice:
 _Key = tuple[int, Kind]
 
 
-class Lane:
+class RequestEmbedder:
     """Embeds what was submitted, in threads of its own or in the thread that calls :meth:`settle`.
 
     ``on_landed`` is called after the callbacks of each pass, so that the answers of a pass can be sent together.
@@ -248,7 +248,7 @@ class Lane:
         mutex = threading.RLock()
         self._changed = threading.Condition(mutex)
         self._work_came = threading.Condition(mutex)
-        """Wakes one of the lane's threads. Each looks for work before it waits, and wakes the next one if it takes
+        """Wakes one of the embedder's threads. Each looks for work before it waits, and wakes the next one if it takes
         some."""
         self._waiting: dict[Rank, dict[_Key, _Turns]] = {Rank.INTERACTIVE: {}, Rank.SYNCHRONOUS: {}}
         self._under_way = dict.fromkeys(self._waiting, 0)
@@ -267,12 +267,12 @@ class Lane:
     def start(self) -> None:
         """Start the threads."""
         for number in range(SLICES * len(self._waiting)):
-            thread = threading.Thread(target=self._work, name=f"lane-{number}", daemon=True)
+            thread = threading.Thread(target=self._work, name=f"embedder-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def submit(self, asked: LaneRequest) -> None:
-        """Take a request, to be answered through its callbacks. A lane that is closed says :class:`WorkerLeaves`."""
+    def submit(self, asked: AwaitedRequest) -> None:
+        """Take a request, to be answered through its callbacks. A closed embedder says :class:`WorkerLeaves`."""
         item = _Item.of(asked, next(self._numbers))
         with self._changed:
             is_closed = self._is_closed
@@ -306,7 +306,7 @@ class Lane:
             self._landed()
 
     def join(self, seconds: float) -> None:
-        """Wait for the threads of a closed lane."""
+        """Wait for the threads of a closed embedder."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -355,7 +355,7 @@ class Lane:
         """How fast slices were computed lately; 0.0 before the first."""
         return self._tokens_per_second
 
-    def waiting(self, rank: Rank) -> list[LaneRequest]:
+    def waiting(self, rank: Rank) -> list[AwaitedRequest]:
         """The requests of a class with texts that no slice has taken yet."""
         with self._changed:
             by_key = self._waiting[rank].values()
@@ -409,7 +409,7 @@ class Lane:
         """The engine, if it can be used at once. If that cannot be told, the load of the model says why not."""
         try:
             return self._models.ready_engine(space)
-        except Exception as error:  # noqa: BLE001 - a thread of the lane that ended would never answer again
+        except Exception as error:  # noqa: BLE001 - a thread of the embedder that ended would never answer again
             logger.warning("cannot find out whether the model of space %s is loaded: %s", space.id, reason_of(error))
             return None
 
@@ -612,7 +612,7 @@ def _traced(parts: Sequence[_Part]) -> Iterator[tracing.Span]:
         yield span
 
 
-def _end_span(span: tracing.Begun, error: Exception | None) -> None:
+def _end_span(span: tracing.OpenSpan, error: Exception | None) -> None:
     if isinstance(error, NobodyWaits):
         span.set({"outcome": "dropped"})
     elif isinstance(error, WorkerLeaves):
