@@ -224,7 +224,8 @@ class Comparisons(HybridSearch):
         if not judgeable:
             raise InvalidInput(
                 f"collection {collection!r} has nothing to judge a model by: no golden query whose chunks are there, "
-                "and no chunk with a title. Load some with client.golden(…).load(…), or: chunkmill golden load"
+                "and no chunk with a title. Load some with client.golden({collection!r}).load(…), or: "
+                f"chunkmill golden load {collection} QUERIES QRELS"
             )
         numbers = {content_hash: i for i, content_hash in enumerate(sorted(set(known.values())))}
         questions = [_by_number(question, known, numbers) for question in judgeable]

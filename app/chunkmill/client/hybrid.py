@@ -60,7 +60,7 @@ class HybridSearch(Vectors):
                 if made != keywords.qualified(language):
                     raise InvalidInput(
                         f"collection {collection!r} has keywords in {made} already. Call drop_keywords({collection!r}) "
-                        "first, or run: chunkmill keywords --drop"
+                        f"first, or run: chunkmill keywords {collection} --drop"
                     )
         if language is not None:
             with store_errors(self._db):

@@ -165,7 +165,7 @@ def _recall(least: float, measured: CollectionMeasurement) -> GateResult:
         f"({measured.recall_queries:,} queries); at least {least:.1%} are wanted."
     )
     if not passed:
-        sentence += " Build the index again with `chunkmill index`, without INDEX_COMPACT."
+        sentence += " Build the index again with `chunkmill index COLLECTION`, without INDEX_COMPACT."
     return GateResult("recall", passed, measured.recall, least, sentence)
 
 

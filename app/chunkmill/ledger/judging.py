@@ -131,7 +131,7 @@ def judge(
             unmeasured.setdefault(
                 "p95",
                 "No search could be timed, because the collection has no golden queries. Make some with "
-                "`chunkmill golden titles`, or go without this gate: `--p95-ratio off`.",
+                "`chunkmill golden titles COLLECTION`, or go without this gate: `--p95-ratio off`.",
             )
         if not recalls:
             unmeasured.setdefault("recall", "The new space has no vector that could be searched for.")

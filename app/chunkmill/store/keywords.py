@@ -113,7 +113,7 @@ def require_ready(conn: sa.Connection, collection: Collection) -> KeywordIndex:
     if index is None:
         raise InvalidInput(
             f"collection {collection.name!r} has no keywords. Call client.keywords({collection.name!r}, "
-            "language='english') once, or run: chunkmill keywords --language"
+            f"language='english') once, or run: chunkmill keywords {collection.name} --language english"
         )
     if index.state is not KeywordState.READY:
         language = index.language.removeprefix("pg_catalog.")

@@ -130,7 +130,7 @@ def _await_end(context: ProviderContext, step: Step, remote: RemoteBatch) -> Rem
     if since > GIVE_UP_AFTER_S:
         reason = (
             f"it was cancelled {since / 3600:.0f} hours ago, and the provider still says {remote.status}. It may have "
-            "been charged. To send its texts again: chunkmill retry"
+            "been charged. To send its texts again: chunkmill retry JOB"
         )
         give_up(context, step, code="never_ended", reason=f"given up: {reason}", may_have_run=True, **seen)
         raise StepDelayed(0.0)
@@ -184,7 +184,7 @@ def _without_results(context: ProviderContext, step: Step, remote: RemoteBatch, 
     """Give up a batch that ran and whose results cannot be found. It is not sent again before a person says so."""
     reason = (
         f"it ended {remote.status} with {remote.completed} of {remote.total} requests done, and named no result file. "
-        "It was charged, and is not sent again by itself. To pay for it again: chunkmill retry"
+        "It was charged, and is not sent again by itself. To pay for it again: chunkmill retry JOB"
     )
     return give_up(context, step, code="no_results", reason=reason, may_have_run=True, ended_at=sa.func.now(), **seen)
 
