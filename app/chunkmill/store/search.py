@@ -191,7 +191,8 @@ def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_i
     query = "SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :collection AND chunk_id = :id)"
     if conn.execute(sa.text(query), {"collection": collection.id, "id": chunk_id}).scalar_one():
         raise NotFound(
-            f"chunk {chunk_id[:200]!r} of collection {collection.name!r} has no vector: `chunkmill audit {collection.name}` says why."
+            f"chunk {chunk_id[:200]!r} of collection {collection.name!r} has no vector: "
+            f"`chunkmill audit {collection.name}` says why."
         )
     raise NotFound(f"there is no chunk {chunk_id[:200]!r} in collection {collection.name!r}.")
 

@@ -144,8 +144,8 @@ def _show(screen: Screen, shown: list[Option], fitting: int, judged: list[Option
         for line in settings_of(best):
             screen.say(line)
     screen.hint(
-        "MTEB's tasks are not yours: `chunkmill compare COLLECTION MODEL` judges two models by your own chunks and queries, before you "
-        "embed everything."
+        "MTEB's tasks are not yours: `chunkmill compare COLLECTION MODEL` judges two models by your own chunks and "
+        "queries, before you embed everything."
     )
 
 
