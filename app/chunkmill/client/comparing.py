@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.client.estimate import EstimateRequest, provider_rule
 from chunkmill.client.hybrid import MAX_JUDGED, HybridSearch
 from chunkmill.client.steps import run_steps
@@ -40,6 +37,7 @@ from chunkmill.openai.catalogue import model_for
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden, read
+from chunkmill.system.numbers import NDArray, np
 
 MAX_SAMPLE = 1_000_000
 """The most texts of a sample."""

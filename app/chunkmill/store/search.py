@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.domain.filters import Filter
 from chunkmill.domain.results import Hits, SearchHit, SearchPlan
@@ -17,6 +15,7 @@ from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import read, segments
 from chunkmill.store.segments import ServingIndex
+from chunkmill.system.numbers import NDArray, np
 
 MAX_EXACT = 30_000
 """If a filter leaves more chunks than this in a collection with graphs, the search is never exact."""
