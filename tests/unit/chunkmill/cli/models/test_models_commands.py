@@ -229,7 +229,7 @@ def test_prompts_that_the_card_asks_for_and_the_folder_lacks_are_named(
     assert document("check", f"{folder}?prompts=e5")["advice"] == []
 
 
-@pytest.mark.parametrize(("columns", "last"), [(70, "languages"), (80, "MTEB"), (160, "prompts")])
+@pytest.mark.parametrize(("columns", "last"), [(70, "params"), (80, "MTEB"), (160, "prompts")])
 def test_a_terminal_shows_a_line_for_each_model_below_the_beginning_of_its_name(
     columns: int, last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,8 +253,7 @@ def test_a_pipe_has_the_whole_name_in_each_line() -> None:
 def _terminal(init: Callable[..., None], columns: int) -> Callable[..., None]:
     def made(screen: Screen, *, as_json: bool) -> None:
         init(screen, as_json=as_json)
-        screen.out = Console(
-            width=columns, force_terminal=True, no_color=True, markup=False, emoji=False, highlight=False
-        )
+        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "color_system": None}
+        screen.out = Console(width=columns, force_terminal=True, **plain)
 
     return made
