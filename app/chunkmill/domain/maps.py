@@ -97,7 +97,7 @@ class CollectionMap:
 
     def title(self) -> str:
         """One line: which collection it is."""
-        return shown(f"Collection {self.collection}" + (f", by {self.by}" if self.by else ""))
+        return shown(f"Collection {self.collection}" + (f", coloured by {self.by} in its metadata" if self.by else ""))
 
     def caption(self) -> str:
         """One line: how many texts it shows, and what the axes are."""
@@ -106,7 +106,7 @@ class CollectionMap:
         if self.explained is None:
             parts.append("UMAP: near points have near vectors; the axes mean nothing")
         else:
-            parts.append(f"PCA: the two axes have {sum(self.explained):.0%} of the variance")
+            parts.append(f"PCA: the two axes have {100 * sum(self.explained):.0f} % of the variance")
         return shown(" · ".join(parts))
 
     def legend(self) -> Legend:
