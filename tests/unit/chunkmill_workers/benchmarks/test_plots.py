@@ -15,6 +15,8 @@ FILES = sorted(RESULTS.glob("*.json"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_two_numbers_of_an_axis_touch(path: Path) -> None:
+    from matplotlib import pyplot
+
     from chunkmill_workers.benchmarks import plots  # Matplotlib, whose import takes most of a second
 
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +33,7 @@ def test_no_two_numbers_of_an_axis_touch(path: Path) -> None:
             )
             touching = [(left[1], right[1]) for left, right in pairwise(boxes) if left[0].overlaps(right[0])]
             assert touching == []
-        plots.plt.close(figure)
+        pyplot.close(figure)
 
 
 def test_there_are_results() -> None:
