@@ -1,6 +1,7 @@
 """The broker: names of queues and tasks, Celery's configuration, and the publishing of doorbells.
 
-Celery and most of kombu are imported when the first doorbell is rung, because a program that searches rings none.
+Celery, kombu and the client of Redis are imported when they are first used, because a program that searches or looks
+at jobs rings nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
-import redis
-from kombu.exceptions import KombuError
-
 from chunkmill.domain.states import Route
 from chunkmill.settings import Settings
 from chunkmill.settings.addresses import redis_tls
 
 if TYPE_CHECKING:
+    import redis
     from celery import Celery
 
 logger = logging.getLogger(__name__)
@@ -45,16 +44,6 @@ rings under the old ones, which workers of the last release know. The next relea
 PRIORITY_STEPS = [0, 3, 6, 9]
 STEP_PRIORITY = 0
 """The priority of a ProviderBatch's steps. They come before doorbells, whose priorities are those of jobs."""
-
-REFUSALS = (redis.exceptions.ResponseError, redis.exceptions.InvalidResponse)
-"""What Redis answers while it cannot do what it is asked: it is full, fails over, cannot save, lacks a replica, or lost
-its users (OOM, READONLY, MISCONF, NOREPLICAS, NOPERM, and whatever a newer server adds).
-
-All of them count as an outage, because all pass by themselves or with an operator's help, and our commands are always
-the same: none is refused for what it says. kombu takes them for errors of a channel, which end a worker.
-"""
-PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
-"""What publishing raises while Redis is away. A publisher may log it and continue, because the poller rings again."""
 
 Shown = Mapping[str, int | str]
 """A doorbell's label, which Flower shows beside its id: ``{"job": 3, "collection": "docs", "contents": 64}``.
@@ -98,6 +87,29 @@ LOCAL_BELLS = Bells(Route.LOCAL, QUEUE, EMBED_TASK)
 SYNC_BELLS = Bells(Route.OPENAI_SYNC, PROVIDER_QUEUE, REQUEST_TASK)
 BELLS = (LOCAL_BELLS, SYNC_BELLS)
 """Route ``openai`` has no doorbells, because its ChunkBatches are gathered into ProviderBatches."""
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What Redis answers while it cannot do what it is asked: it is full, fails over, cannot save, lacks a replica, or
+    lost its users (OOM, READONLY, MISCONF, NOREPLICAS, NOPERM, and whatever a newer server adds).
+
+    All of them count as an outage, because all pass by themselves or with an operator's help, and our commands are
+    always the same: none is refused for what it says. kombu takes them for errors of a channel, which end a worker.
+    """
+    from redis.exceptions import InvalidResponse, ResponseError
+
+    return ResponseError, InvalidResponse
+
+
+def publish_errors() -> tuple[type[Exception], ...]:
+    """What publishing raises while Redis is away. A publisher may log it and continue, because the poller rings again.
+
+    Python asks an ``except`` clause for its errors when there is one.
+    """
+    from kombu.exceptions import KombuError
+    from redis.exceptions import RedisError
+
+    return RedisError, KombuError, OSError
 
 
 def make_celery(settings: Settings) -> Celery:
@@ -157,25 +169,35 @@ class Broker:
     The client comes first on purpose: if Redis is away, it fails within seconds, while kombu would wait.
     """
 
-    __slots__ = ("_celery", "_settings", "client")
+    __slots__ = ("_celery", "_client", "_settings")
 
-    def __init__(self, settings: Settings, client: redis.Redis) -> None:
-        self.client = client
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._celery: Celery | None = None
+        self._client: redis.Redis | None = None
 
     @classmethod
     def connect(cls, settings: Settings) -> Broker:
-        """Make both clients. Neither connects before its first use."""
-        url = settings.require_redis_url()
-        client = redis.Redis.from_url(
-            url.partition("?")[0] if url.startswith("rediss://") else url,
-            socket_timeout=5,
-            socket_connect_timeout=2,
-            health_check_interval=25,
-            **redis_tls(url),
-        )
-        return cls(settings, client)
+        """Raises :class:`InvalidSetting` if no server is known. Both clients are made, and connect, when first used."""
+        settings.require_redis_url()
+        return cls(settings)
+
+    @property
+    def client(self) -> redis.Redis:
+        """The client that reads the queues."""
+        with _first_use:
+            if self._client is None:
+                from redis import Redis
+
+                url = self._settings.require_redis_url()
+                self._client = Redis.from_url(
+                    url.partition("?")[0] if url.startswith("rediss://") else url,
+                    socket_timeout=5,
+                    socket_connect_timeout=2,
+                    health_check_interval=25,
+                    **redis_tls(url),
+                )
+            return self._client
 
     @property
     def celery(self) -> Celery:
@@ -192,7 +214,7 @@ class Broker:
         """
         try:
             return self._lengths(bells.queue)
-        except redis.ResponseError as error:
+        except refusals() as error:
             if not is_wrong_type(error):
                 raise
         delete_wrong_types(self.client)
@@ -208,7 +230,7 @@ class Broker:
         """Whether Redis carries out a command that writes. While it does not, no worker can take a doorbell either."""
         try:
             self.client.delete(f"{QUEUE}.nothing")  # a command that writes, which changes nothing
-        except PUBLISH_ERRORS:
+        except publish_errors():
             return False
         return True
 
@@ -224,7 +246,10 @@ class Broker:
         return {bells.queue: sum(self.queued_doorbells(bells).values()) for bells in BELLS}
 
     def ring(self, doorbells: Iterable[Doorbell], bells: Bells = LOCAL_BELLS) -> None:
-        """Publish doorbells in one pipeline. Raises one of ``PUBLISH_ERRORS``, and some may have been sent by then."""
+        """Publish doorbells in one pipeline.
+
+        Raises one of :func:`publish_errors`, and some may have been sent by then.
+        """
         self._send(
             bells.task,
             bells.queue,
@@ -272,7 +297,8 @@ class Broker:
             return self.celery.producer_pool
 
     def close(self) -> None:
-        self.client.close()
+        if self._client is not None:
+            self._client.close()
         if self._celery is not None:
             self._celery.close()
 
@@ -282,7 +308,7 @@ def keys_of(queue: str) -> list[str]:
     return [queue if step == 0 else f"{queue}\x06\x16{step}" for step in PRIORITY_STEPS]
 
 
-def is_wrong_type(error: redis.ResponseError) -> bool:
+def is_wrong_type(error: Exception) -> bool:
     """Whether a command found another type of value than its own."""
     return "WRONGTYPE" in str(error)  # the error of a pipeline begins with the command
 

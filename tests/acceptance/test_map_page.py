@@ -59,7 +59,7 @@ def test_the_page_draws_tells_and_loads_nothing(browser: Any, tmp_path: Path) ->
     )  # fmt: skip
     page = drawn.save(tmp_path / "map.html")
     browser.get(page.as_uri())
-    assert browser.title == "Collection docs, by lang"
+    assert browser.title == "Collection docs, coloured by lang in its metadata"
     assert browser.execute_script(COLOURED) >= 3
     legend = browser.find_elements("css selector", "#legend button")
     assert [button.text.split("\n") for button in legend] == [["de", "2"], [EVIL, "1"], ["en", "1"]]
@@ -81,7 +81,7 @@ def test_the_page_draws_tells_and_loads_nothing(browser: Any, tmp_path: Path) ->
     assert over(3) == ""
     browser.execute_script("zoom = 2; left = 0; top_ = -canvas.clientHeight; draw()")
     assert over(0).startswith("doc-0")
-    assert browser.title == "Collection docs, by lang"  # no image was made of an id
+    assert browser.title == "Collection docs, coloured by lang in its metadata"  # no image was made of an id
     assert browser.find_elements("tag name", "img") == []
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

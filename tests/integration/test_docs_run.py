@@ -70,7 +70,7 @@ ELSEWHERE = {
     "enqueue chunks.jsonl --collection docs --model BAAI/bge-base-en-v1.5": "tests/integration/test_routing.py",
 }
 """By how a command begins: what runs for ever, takes minutes, or has a real worker, and which test runs it."""
-WORDS = {"ID": "42", "JOB": "42", "FILE": "chunks.jsonl", "NAME": "other"}
+WORDS = {"ID": "42", "JOB": "42", "FILE": "chunks.jsonl", "NAME": "other", "COLLECTION": "docs"}
 COMPLETED = {
     "delete": "delete docs --all --yes",
     "delete docs --all": "delete docs --all --yes",

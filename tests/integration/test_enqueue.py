@@ -316,6 +316,26 @@ with Client() as client:
     subprocess.run([sys.executable, "-c", script], env=os.environ | env, check=True)
 
 
+def test_commands_that_look_import_no_library_that_they_do_not_use(settings: Settings, client: Client) -> None:
+    """To import NumPy, Redis' client and SQLAlchemy's ORM takes longer than what these commands ask Postgres."""
+    for name in ("docs", "other"):
+        job = client.enqueue([("a", f"text of {name}")], collection=name)
+    script = f"""
+import sys
+from chunkmill.cli.__main__ import cli
+for words in ("jobs", "job {job.id}", "collections", "lanes", "cost", "audit", "jobs --json", "status"):
+    try:
+        cli(words.split(), prog_name="chunkmill")
+    except SystemExit as end:
+        assert not end.code or words == "audit", words  # nothing is embedded
+    unused = {{"numpy", "kombu", "sqlalchemy.orm", "celery", "alembic", "httpx", "httpx2", "pygments", "torch"}}
+    unused |= {{"redis"}} if words != "status" else set()  # which asks it
+    assert not unused & sys.modules.keys(), (words, unused & sys.modules.keys())
+"""
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    subprocess.run([sys.executable, "-c", script], env=os.environ | env, check=True)
+
+
 def test_a_second_enqueue_of_the_window_asks_few_queries(client: Client) -> None:
     """A hot path's query count: per window of 5,000 chunks, never per chunk."""
     client.enqueue(chunks(4000), collection="docs")

@@ -188,7 +188,7 @@ def test_a_collection_without_golden_queries_is_told_to_get_some(
     assert [name for name, result in results.items() if not result.passed] == ["ndcg", "p95"]
     assert "0 golden queries are too few" in results["ndcg"].sentence
     # This gate stays in the way of whoever goes without the other, so it too says what to do.
-    assert "`chunkmill golden titles`, or go without this gate: `--p95-ratio off`" in results["p95"].sentence
+    assert "`chunkmill golden titles COLLECTION`, or go without this gate: `--p95-ratio off`" in results["p95"].sentence
 
 
 def test_the_report_about_a_single_query_is_json_that_postgres_takes(

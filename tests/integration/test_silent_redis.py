@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from chunkmill.broker import PUBLISH_ERRORS, Broker, Doorbell
+from chunkmill.broker import Broker, Doorbell, publish_errors
 from chunkmill.settings import Settings
 from tests.support.waiting import Call
 
@@ -40,7 +40,7 @@ def test_it_is_given_up(silent: Broker, use: Callable[[Broker], object]) -> None
     def run() -> None:
         try:
             use(silent)
-        except PUBLISH_ERRORS as error:
+        except publish_errors() as error:
             raised.append(error)
 
     Call(run).result()

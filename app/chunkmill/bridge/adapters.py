@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeAlias
 
 from chunkmill.domain.bridges import AdapterKind
 from chunkmill.domain.vectors import to_unit_length
+from chunkmill.system.numbers import NDArray, np
 
-Floats = NDArray[np.float32]
+Floats: TypeAlias = "NDArray[np.float32]"
 
 MAX_BYTES = 256 * 1024 * 1024
 """The most bytes of the arrays of one adapter."""

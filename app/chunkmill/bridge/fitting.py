@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeAlias
 
 from chunkmill.bridge.adapters import Adapter, Floats, gelu, gelu_slope
 from chunkmill.domain.bridges import AdapterKind
 from chunkmill.domain.vectors import to_unit_length
+from chunkmill.system.numbers import NDArray, np
 
-Doubles = NDArray[np.float64]
+Doubles: TypeAlias = "NDArray[np.float64]"
 
 MIN_PAIRS = 32
 """From fewer pairs nothing is learnt."""

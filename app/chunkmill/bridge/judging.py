@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeAlias
 
 from chunkmill.bridge.adapters import Adapter, Floats
 from chunkmill.domain.ranking import Difference, ndcg_at, overlap_at, paired_bootstrap, recall_at
 from chunkmill.domain.vectors import to_unit_length
+from chunkmill.system.numbers import NDArray, np
 
 DEPTH = 10
 FOLDS = 5
@@ -19,7 +18,7 @@ BLOCK = 4_000_000
 MIN_QUERIES = 50
 """The bounds of fewer queries are too sure of themselves."""
 
-Scores = NDArray[np.float64]
+Scores: TypeAlias = "NDArray[np.float64]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
+from itertools import product
 from pathlib import PurePath
 from typing import Any
 
@@ -96,10 +97,11 @@ class Screen:
         If there is no room for all columns, ``optional`` ones are left out one after the other, and named below.
         """
         cells = [[cell_of(value) for value in row] for row in rows]
-        for left_out in range(len(optional) + 1):
+        # A long name is broken only if it would be without the optional columns too.
+        for breaks_long, left_out in product((False, True), range(len(optional) + 1)):
             kept = [index for index, head in enumerate(columns) if head not in optional[:left_out]]
             heads, shorter = [columns[index] for index in kept], [[row[index] for index in kept] for row in cells]
-            if _fits(heads, shorter, self.out.width):
+            if _fits(heads, shorter, self.out.width, breaks_long=breaks_long):
                 self._table(heads, shorter)
                 if left_out:
                     self.say((f"A wider terminal also shows: {', '.join(optional[:left_out])}. --json has all.", "dim"))
@@ -138,9 +140,9 @@ class Screen:
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-def _fits(heads: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:
+def _fits(heads: Sequence[str], rows: Sequence[Sequence[Text]], width: int, *, breaks_long: bool) -> bool:
     columns = [[head, *(row[index].plain for row in rows)] for index, head in enumerate(heads)]
-    return column_widths(columns, width, cell_len) is not None
+    return column_widths(columns, width, cell_len, breaks_long=breaks_long) is not None
 
 
 _UNDERLINE = re.compile(r"^[ \t]*([=~^*#\"'`+-])\1{2,}[ \t]*(?:\n|\Z)", re.MULTILINE)

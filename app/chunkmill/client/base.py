@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 
-from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.broker import Broker, publish_errors
 from chunkmill.client.asking.cache import VectorCache
 from chunkmill.client.door import UNUSABLE, at_the_door, translated
 from chunkmill.client.ends import Futures
@@ -136,7 +136,7 @@ class ClientPart:
                     repair_seconds=self._settings.doorbell_repair_seconds,
                 )
                 span.set({"doorbells": rung})
-        except PUBLISH_ERRORS as error:
+        except publish_errors() as error:
             logger.warning("cannot ring (%s: %s); the poller will ring when Redis is back", type(error).__name__, error)
             self._quiet_until = time.monotonic() + QUIET_SECONDS
 

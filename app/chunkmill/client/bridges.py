@@ -6,9 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.bridge import fitting, judging
 from chunkmill.bridge.adapters import Adapter
@@ -24,6 +22,7 @@ from chunkmill.spaces import bridges, collections, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden, keywords, pairs
+from chunkmill.system.numbers import NDArray, np
 
 MAX_SAMPLE = 50_000
 """The most texts of a sample, whose vectors are in memory."""

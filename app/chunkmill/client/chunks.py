@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart
 from chunkmill.client.door import translated
@@ -33,6 +31,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill.store import chunks as store
 from chunkmill.store.chunks import ChunkSelection
 from chunkmill.store.delete import delete_some
+from chunkmill.system.numbers import NDArray, np
 
 DELETE_STEP = 5_000
 """How many chunks one transaction deletes. Enqueues wait while it runs."""

@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.client.estimate import EstimateRequest, provider_rule
 from chunkmill.client.hybrid import MAX_JUDGED, HybridSearch
 from chunkmill.client.steps import run_steps
@@ -40,6 +37,7 @@ from chunkmill.openai.catalogue import model_for
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden, read
+from chunkmill.system.numbers import NDArray, np
 
 MAX_SAMPLE = 1_000_000
 """The most texts of a sample."""
@@ -224,7 +222,8 @@ class Comparisons(HybridSearch):
         if not judgeable:
             raise InvalidInput(
                 f"collection {collection!r} has nothing to judge a model by: no golden query whose chunks are there, "
-                "and no chunk with a title. Load some with client.golden(…).load(…), or: chunkmill golden load"
+                "and no chunk with a title. Load some with client.golden({collection!r}).load(…), or: "
+                f"chunkmill golden load {collection} QUERIES QRELS"
             )
         numbers = {content_hash: i for i, content_hash in enumerate(sorted(set(known.values())))}
         questions = [_by_number(question, known, numbers) for question in judgeable]

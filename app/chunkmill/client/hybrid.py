@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.broker import Broker
 from chunkmill.client.base import ClientPart, store_errors
@@ -26,6 +24,7 @@ from chunkmill.spaces import collections, registry, serving
 from chunkmill.store import golden, keywords
 from chunkmill.store import search as searching
 from chunkmill.store.keywords import KeywordIndex
+from chunkmill.system.numbers import NDArray, np
 
 MAX_GOLDEN = 100_000
 """The most golden queries of a collection."""
@@ -60,7 +59,7 @@ class HybridSearch(Vectors):
                 if made != keywords.qualified(language):
                     raise InvalidInput(
                         f"collection {collection!r} has keywords in {made} already. Call drop_keywords({collection!r}) "
-                        "first, or run: chunkmill keywords --drop"
+                        f"first, or run: chunkmill keywords {collection} --drop"
                     )
         if language is not None:
             with store_errors(self._db):

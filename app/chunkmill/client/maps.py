@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.client.base import ClientPart
 from chunkmill.client.stopping import end_if_stopped
 from chunkmill.db.retry import transact
@@ -16,6 +13,7 @@ from chunkmill.errors import InvalidInput, install_command
 from chunkmill.similarity import principal_components
 from chunkmill.spaces import collections, registry
 from chunkmill.store import golden, maps
+from chunkmill.system.numbers import NDArray, np
 
 LEAST_FOR_UMAP = 10
 """UMAP needs some neighbours of each point."""
@@ -59,6 +57,7 @@ class Maps(ClientPart):
             space = registry.get(conn, row.space_id)
         vectors: NDArray[np.float32] = np.empty((0, space.spec.dimensions), np.float32)
         read: list[maps.SampledContent] = []
+        no_vector: NDArray[np.float32] = np.empty(0, np.float32)
         for most in maps.steps(sample):
             end_if_stopped()
             look = partial(
@@ -75,7 +74,7 @@ class Maps(ClientPart):
                 vectors = larger
             vectors[first : first + len(window)] = [one.vector for one in window]
             read += [
-                maps.SampledContent(w.content_hash, w.chunk_id, w.kind, w.value, w.text, _NO_VECTOR) for w in window
+                maps.SampledContent(w.content_hash, w.chunk_id, w.kind, w.value, w.text, no_vector) for w in window
             ]
             if len(window) < most:
                 break
@@ -106,9 +105,6 @@ class Maps(ClientPart):
             points=points,
             texts=tuple(one.text or "" for one in read) if texts else None,
         )
-
-
-_NO_VECTOR: NDArray[np.float32] = np.empty(0, np.float32)
 
 
 def _require_umap() -> None:

@@ -283,7 +283,7 @@ class Reembeddings(ClientPart):
             if not lives.cancel(conn, life):
                 raise InvalidInput(
                     f"re-embedding {life.id} of collection {life.collection!r} is {life.state}, so there is nothing to "
-                    "cancel. After a flip, `chunkmill reembed rollback` returns to the old space."
+                    f"cancel. After a flip, `chunkmill reembed rollback {life.collection}` returns to the old space."
                 )
         with store_errors(self._db):
             cleaning.clean_up(self._db, life.id)
@@ -322,7 +322,9 @@ def _require_state(life: Life, states: Sequence[ReembeddingState], *, back: bool
     what = "roll back" if back else "flip"
     advice = "There is nothing to return to." if back else "Wait until its new space is filled and indexed."
     if life.state.is_end or (not back and life.state is ReembeddingState.FLIPPED):
-        advice = "Begin another one with chunkmill reembed start." if life.state.is_end else "The flip is done."
+        advice = "The flip is done."
+        if life.state.is_end:
+            advice = f"Begin another one: chunkmill reembed start {life.collection} MODEL"
     raise InvalidInput(
         f"re-embedding {life.id} of collection {life.collection!r} cannot {what}, because it is {life.state}. {advice}"
     )
@@ -333,7 +335,7 @@ def _why_not(life: Life, tried: FlipAttempt, most: int, *, back: bool, timeout: 
     if tried.open_contents:
         reason = (
             f"more than {tried.open_contents - 1:,} texts have no vector in it yet. Wait until they are embedded: "
-            "chunkmill audit"
+            f"chunkmill audit {life.collection}"
         )
     elif tried.missing:
         reason = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -12,7 +13,6 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
-from sqlalchemy import orm
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from chunkmill.db.connect import refusal, sqlstate
@@ -85,7 +85,8 @@ class _PsycopgTransaction(OuterTransaction):
 def as_transaction(given: object) -> OuterTransaction:
     """The transaction that ``given`` is in. Raises :class:`InvalidInput` if it is not a connection, or commits each
     statement."""
-    if isinstance(given, orm.Session | orm.scoped_session):
+    orm = sys.modules.get("sqlalchemy.orm")  # whoever has a session has imported it
+    if orm is not None and isinstance(given, orm.Session | orm.scoped_session):
         try:
             given = given.connection()
         except sa.exc.SQLAlchemyError as error:

@@ -11,10 +11,8 @@ from os import PathLike
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.client.asking.inquiry import Inquiry, SpaceGone
@@ -55,6 +53,7 @@ from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
 from chunkmill.store.search import SpaceLeft
+from chunkmill.system.numbers import NDArray, np
 from chunkmill.telemetry import tracing
 
 MAX_K = 1_000_000

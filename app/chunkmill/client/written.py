@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput, install_command
+from chunkmill.system.numbers import np
 
 GROUP_ROWS, GROUP_BYTES = 10_000, 32 * 1024 * 1024
 """A row group of a Parquet file, which is in memory until it is written, has at most so many rows and about so many

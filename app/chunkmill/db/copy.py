@@ -6,12 +6,11 @@ import contextlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.db.connect import raw
+from chunkmill.system.numbers import NDArray, np
 
 HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 TRAILER = b"\xff\xff"

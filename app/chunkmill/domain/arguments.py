@@ -10,16 +10,12 @@ from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar
+from typing import Literal, TypeGuard, TypeVar
 
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput, UnknownRoute
-
-# Functions of arrays import numpy when they are called: a command without one would wait a quarter of a second for it.
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from chunkmill.system.numbers import NDArray, np
 
 Word = TypeVar("Word", bound=StrEnum)
 
@@ -247,8 +243,6 @@ def as_queries(given: object) -> tuple[list[str] | NDArray[np.float64], bool]:
     A text and a ``(d,)`` vector are single queries; a list of texts and an ``(n, d)`` array are several, and an empty
     list is none. Raises :class:`InvalidInput`.
     """
-    import numpy as np
-
     if isinstance(given, str):
         return [as_text("query", given)], True
     if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
@@ -272,8 +266,6 @@ def as_query_vector(given: object, dimensions: int) -> NDArray[np.float32]:
 
     Raises :class:`InvalidInput`, also for a vector of zeros, which has no direction.
     """
-    import numpy as np
-
     vector = np.asarray(given, dtype=np.float64)
     if vector.shape != (dimensions,) or not np.isfinite(vector).all():
         raise InvalidInput(

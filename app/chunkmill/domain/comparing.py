@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.ranking import (
     Difference,
@@ -22,6 +19,7 @@ from chunkmill.domain.ranking import (
     rbo,
     recall_at,
 )
+from chunkmill.system.numbers import NDArray, np
 
 JUDGED = 10
 """So many hits of a query are judged."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.spaces import SpaceSpec
+from chunkmill.system.numbers import NDArray, np
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -85,7 +85,7 @@ def map_figure(drawn: CollectionMap) -> Figure:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    made.suptitle(drawn.title(), x=0.01, ha="left", fontsize=13, color=INK)
+    made.suptitle(drawn.title(), x=0.005, ha="left", fontsize=13, color=INK)
     axes.set_title(drawn.caption(), loc="left", fontsize=9, color=PALE)
     if legend.bounds is not None:
         _scale(made, axes, drawn, legend.colours, legend.bounds)

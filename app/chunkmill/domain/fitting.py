@@ -13,8 +13,12 @@ GAP = 2
 """How many blanks stand between two columns."""
 
 
-def column_widths(columns: Sequence[Sequence[str]], screen: int, length: Callable[[str], int]) -> list[int] | None:
+def column_widths(
+    columns: Sequence[Sequence[str]], screen: int, length: Callable[[str], int], *, breaks_long: bool = True
+) -> list[int] | None:
     """The width of each column; None if they do not fit beside each other without broken words.
+
+    Without ``breaks_long``, words longer than ``LONGEST_WORD`` are not broken either.
 
     A column holds its head and its cells. ``screen`` is the number of columns of the screen, and ``length`` says how
     many of them a text takes.
@@ -23,7 +27,7 @@ def column_widths(columns: Sequence[Sequence[str]], screen: int, length: Callabl
     most = [max(map(length, column)) for column in columns]
     if sum(most) <= room:
         return most
-    for short, longest in ((SHORT, screen), (SHORTEST, screen), (SHORTEST, LONGEST_WORD)):
+    for short, longest in ((SHORT, screen), (SHORTEST, screen), (SHORTEST, LONGEST_WORD))[: 2 + breaks_long]:
         least = [min(longest, _least(column, short, length)) for column in columns]
         if sum(least) <= room:
             return _shared(least, most, room - sum(least))

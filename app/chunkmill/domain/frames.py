@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
-import numpy as np
-
 from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.system.numbers import np
 
 MAGIC: Final = b"chunkmil"
 VERSION: Final = 1

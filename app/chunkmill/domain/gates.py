@@ -12,15 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.ranking import LEVEL, POWER, paired_bootstrap
 from chunkmill.errors import InvalidInput
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import ArrayLike
+from chunkmill.system.numbers import ArrayLike, np
 
 NDCG_LOSS = 0.01
 """How much nDCG@10 a new space may lose, if nothing else is said. Measured on 1,430 docstrings of Python's library with
@@ -165,7 +161,7 @@ def _recall(least: float, measured: CollectionMeasurement) -> GateResult:
         f"({measured.recall_queries:,} queries); at least {least:.1%} are wanted."
     )
     if not passed:
-        sentence += " Build the index again with `chunkmill index`, without INDEX_COMPACT."
+        sentence += " Build the index again with `chunkmill index COLLECTION`, without INDEX_COMPACT."
     return GateResult("recall", passed, measured.recall, least, sentence)
 
 
@@ -188,8 +184,6 @@ def _quality(loss: float, fewest: int, measured: CollectionMeasurement) -> GateR
         f"queries); the lower bound must not be below {-loss:+.4f}."
     )
     if not passed:
-        import numpy as np
-
         differences = np.asarray(measured.new_ndcg, np.float64) - np.asarray(measured.old_ndcg, np.float64)
         sentence += _what_it_takes(differences, loss, is_worse=difference.high < 0)
     return GateResult("ndcg", passed, difference.low, -loss, sentence)
@@ -254,8 +248,6 @@ def loss_for(n: int, spread: float, *, level: float = LEVEL, power: float = POWE
 
 def p95(seconds: ArrayLike) -> float | None:
     """The time that 95 % of the searches take at most; None of no searches."""
-    import numpy as np
-
     given = np.asarray(seconds, dtype=np.float64)
     return float(np.quantile(given, 0.95)) if len(given) else None
 

@@ -10,16 +10,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chunkmill.domain.arguments import as_path
 from chunkmill.domain.shown import shown
 from chunkmill.errors import InvalidInput
-
-# Functions import numpy when they are called: `map --help` would wait a quarter of a second for it.
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from chunkmill.system.numbers import NDArray, np
 
 MAX_SAMPLE = 100_000
 """The most texts of a map. A browser still draws them smoothly, and 1,024 dimensions take 400 MB of memory."""
@@ -102,7 +97,7 @@ class CollectionMap:
 
     def title(self) -> str:
         """One line: which collection it is."""
-        return shown(f"Collection {self.collection}" + (f", by {self.by}" if self.by else ""))
+        return shown(f"Collection {self.collection}" + (f", coloured by {self.by} in its metadata" if self.by else ""))
 
     def caption(self) -> str:
         """One line: how many texts it shows, and what the axes are."""
@@ -111,7 +106,7 @@ class CollectionMap:
         if self.explained is None:
             parts.append("UMAP: near points have near vectors; the axes mean nothing")
         else:
-            parts.append(f"PCA: the two axes have {sum(self.explained):.0%} of the variance")
+            parts.append(f"PCA: the two axes have {100 * sum(self.explained):.0f} % of the variance")
         return shown(" · ".join(parts))
 
     def legend(self) -> Legend:
@@ -166,8 +161,6 @@ class CollectionMap:
 
 def legend_of(values: Sequence[Value], *, has_field: bool = True) -> Legend:
     """The colours of values. None stands for a missing value."""
-    import numpy as np
-
     if not has_field:
         return Legend(np.zeros(len(values), np.int16), ("",), (COLOURS[1],), (len(values),))
     known = [value for value in values if value is not None]
@@ -239,8 +232,6 @@ def _scaled(step: int) -> str:
 
 def _whole(along: NDArray[np.float64]) -> list[int]:
     """The places along one axis as whole numbers from 0 to 65535, which is finer than any screen."""
-    import numpy as np
-
     if not len(along):
         return []
     low, high = along.min(), along.max()
@@ -250,8 +241,6 @@ def _whole(along: NDArray[np.float64]) -> list[int]:
 
 def _ratio(points: NDArray[np.float64]) -> float:
     """The width of the map divided by its height, within bounds that fit on a screen."""
-    import numpy as np
-
     if not len(points):
         return 1.0
     width, height = np.ptp(points / 2, axis=0)

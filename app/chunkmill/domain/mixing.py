@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, TypeAlias
 
 from chunkmill.domain.ranking import Difference, ndcg_of, paired_bootstrap, pairs_needed
+from chunkmill.system.numbers import NDArray, np
 
-Scores = NDArray[np.float64]
+Scores: TypeAlias = "NDArray[np.float64]"
 
 DEPTH = 100
 """So many candidates of each kind are mixed, or as many as hits are wanted, if that is more."""

@@ -12,12 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
-# Functions import numpy when they are called: commands that only name a gate would wait a quarter of a second for it.
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import ArrayLike, NDArray
+from chunkmill.system.numbers import ArrayLike, NDArray, np
 
 LEVEL = 0.95
 """The confidence of an interval, if nothing else is said."""
@@ -35,16 +31,12 @@ def ndcg_at(k: int, ranked: Sequence[str], grades: Mapping[str, float]) -> float
     The gain of an id is its grade, divided by log2(rank + 1), and the sum is divided by that of the best ranking there
     is (Järvelin and Kekäläinen, 2002, as trec_eval computes it). Without a relevant id it is 0.0.
     """
-    import numpy as np
-
     gains = np.array([max(0.0, grades.get(name, 0.0)) for name in ranked[:k]], dtype=np.float64)
     return ndcg_of(k, gains, np.array(list(grades.values()), dtype=np.float64))
 
 
 def ndcg_of(k: int, gains: NDArray[np.float64], judged: NDArray[np.float64]) -> float:
     """As :func:`ndcg_at`, of the grades in the order of the ranking, ``(n,)``, and of all grades, ``(m,)``."""
-    import numpy as np
-
     best = np.sort(judged[judged > 0])[::-1][:k]
     if not len(best):
         return 0.0
@@ -120,8 +112,6 @@ def paired_bootstrap(
     half of the means that are outside of it. Fewer than two pairs bound nothing, and the interval is infinite.
     Raises :class:`ValueError` if the shapes differ.
     """
-    import numpy as np
-
     first, second = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"pairs need two arrays of one length, and these have shapes {first.shape} and {second.shape}")
@@ -146,8 +136,6 @@ def pairs_needed(differences: ArrayLike, *, level: float = LEVEL, power: float =
     all pairs are those of the given ones (the normal approximation). None if the mean is not above 0, or fewer than two
     are given.
     """
-    import numpy as np
-
     given = np.asarray(differences, dtype=np.float64)
     if len(given) < 2 or not given.mean() > 0:
         return None
@@ -157,6 +145,4 @@ def pairs_needed(differences: ArrayLike, *, level: float = LEVEL, power: float =
 
 
 def _discounts(n: int) -> NDArray[np.float64]:
-    import numpy as np
-
     return 1 / np.log2(np.arange(2, n + 2, dtype=np.float64))

@@ -8,10 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.domain.printed import PrintedResult
+from chunkmill.system.numbers import NDArray, np
 
 
 class ChunkState(StrEnum):

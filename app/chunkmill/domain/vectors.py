@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from chunkmill.system.numbers import NDArray, np
 
 LARGEST_HALF = 65_504
 """The largest number of half precision, which ``halfvec`` stores."""

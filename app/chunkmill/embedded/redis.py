@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
 from chunkmill.domain.fixes import FIXES
 from chunkmill.embedded import kept, process
 from chunkmill.embedded.paths import (
@@ -119,6 +115,10 @@ class Redis:
 
     def _ask(self, *, login: bool = True) -> dict[str, Any] | None:
         """The answer to INFO server; None if there is none (yet). Without `login` also if it asks for a password."""
+        import redis  # a client with addresses of its own asks no embedded stack
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
         answer: dict[str, Any]
         for user, password in ((None, None), (kept.USER, kept.password(self._home, "redis")))[: 1 + login]:
             with redis.Redis(

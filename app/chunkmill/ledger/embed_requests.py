@@ -13,13 +13,12 @@ from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.reasons import storable
+from chunkmill.system.numbers import NDArray, np
 from chunkmill.telemetry import tracing
 
 CHANNEL = "chunkmill_embed_requests"

@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.db.connect import raw
 from chunkmill.domain import gates as gating
@@ -33,6 +31,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden
 from chunkmill.store import search as searching
+from chunkmill.system.numbers import NDArray, np
 
 MOST_JUDGED = 2_000
 """The most golden queries that are judged, which chance has chosen once. The bounds of ΔnDCG are then about ±0.008."""
@@ -131,7 +130,7 @@ def judge(
             unmeasured.setdefault(
                 "p95",
                 "No search could be timed, because the collection has no golden queries. Make some with "
-                "`chunkmill golden titles`, or go without this gate: `--p95-ratio off`.",
+                "`chunkmill golden titles COLLECTION`, or go without this gate: `--p95-ratio off`.",
             )
         if not recalls:
             unmeasured.setdefault("recall", "The new space has no vector that could be searched for.")

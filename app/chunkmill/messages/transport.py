@@ -21,7 +21,7 @@ from kombu.transport import redis as redis_transport
 from redis._parsers import _RESP2Parser
 from redis.client import PubSub
 
-from chunkmill.broker import QUEUES, REFUSALS, delete_wrong_types, is_wrong_type, keys_of
+from chunkmill.broker import QUEUES, delete_wrong_types, is_wrong_type, keys_of, refusals
 from chunkmill.messages import door
 from chunkmill.messages.door import REPLIES, Refusal
 from chunkmill.system.forks import renew_in_child
@@ -215,7 +215,7 @@ class _Channel(redis_transport.Channel):  # type: ignore[misc]
         if not queue.endswith(REPLIES):
             super()._put(queue, message, **options)
             return
-        with contextlib.suppress(*REFUSALS), self.conn_or_acquire() as client, client.pipeline() as pipe:
+        with contextlib.suppress(*refusals()), self.conn_or_acquire() as client, client.pipeline() as pipe:
             pipe.lpush(queue, json.dumps(message)).expire(queue, REPLY_SECONDS).execute()
 
     # --- names instead of tables in Redis ------------------------------------------------------------------
@@ -251,7 +251,7 @@ class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
     """kombu's transport with our door, which treats a Redis that refuses like one that is away for a while."""
 
     Channel = _Channel
-    connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
+    connection_errors = (*redis_transport.Transport.connection_errors, *refusals())
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -263,7 +263,7 @@ def use_our_transport() -> None:
 
     It is for processes of our own that consume: workers and Flower. It changes a table of kombu's that is shared with
     the Celery of a host program, so a producer does not call it. A producer needs it neither, because whoever rings
-    handles ``PUBLISH_ERRORS``.
+    handles :func:`publish_errors`.
     """
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = f"{__name__}:{RedisTransport.__name__}"

@@ -56,7 +56,7 @@ def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_cod
     if folder.is_dir():
         return folder
     match = _HUB_NAME.fullmatch(name)
-    if match is None or ".." in name:
+    if match is None or ".." in name or name.startswith("."):  # no repository's name begins with a dot
         raise UnknownModel(
             f"model {name!r} is not a folder on this machine, not {DEFAULT_MODEL!r}, and not of the form "
             "org/name@revision: check the path"

@@ -12,7 +12,7 @@ from functools import partial
 
 import sqlalchemy as sa
 
-from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.broker import Broker, publish_errors
 from chunkmill.db.connect import READ_ONLY, read_only_message, sqlstate
 from chunkmill.db.retry import is_outage
 from chunkmill.domain.doorbells import HURRY, DoorbellWindow
@@ -322,7 +322,7 @@ class Poller:
         read_only = sqlstate(error) == READ_ONLY
         said = read_only_message(str(self._db.url)) if read_only else reason_of(error)
         if self._away != said:
-            is_known = isinstance(error, (sa.exc.DBAPIError, *PUBLISH_ERRORS))
+            is_known = isinstance(error, (sa.exc.DBAPIError, *publish_errors()))
             logger.warning(
                 "poller: %s; trying again every %s s", said, self._settings.poll_interval,
                 exc_info=None if is_known else error,

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from chunkmill.broker import PUBLISH_ERRORS
+from chunkmill.broker import publish_errors
 from chunkmill.db.connect import limit_error, limit_of
 from chunkmill.db.retry import is_outage
 from chunkmill.domain.reasons import reason_of
@@ -35,7 +35,7 @@ class Steps:
         """What ``step`` returns; None if it failed, which is logged. Raises only an outage of Postgres."""
         try:
             done = step()
-        except PUBLISH_ERRORS as error:
+        except publish_errors() as error:
             self.redis_error = error
         except Exception as error:
             if is_outage(error):

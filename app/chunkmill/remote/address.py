@@ -36,7 +36,7 @@ class Address:
 def read_key(name: str, given: object) -> Key:
     """The key. Raises :class:`InvalidSetting`, which names ``name`` and does not show the key."""
     if not isinstance(given, str) or not given.strip():
-        raise InvalidSetting(f"{name} is missing. `chunkmill keys create` makes one on the server.")
+        raise InvalidSetting(f"{name} is missing. `chunkmill keys create NAME` makes one on the server.")
     key = given.strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidSetting(f"{name} has a character that no key has, such as a blank or a line break inside.")

@@ -296,7 +296,7 @@ class Settings(ProviderSettings, GatewaySettings):
         10.0,
         ge=0,
         description="How many seconds pass between two checks by the poller for serving indexes that need a segment. "
-        "With 0, only `chunkmill index` builds them.",
+        "With 0, only `chunkmill index COLLECTION` builds them.",
     )
     doorbell_repair_seconds: float = Field(
         10.0,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from typing import Any, TypeAlias
 
 from chunkmill.errors import InvalidInput
+from chunkmill.system.numbers import DTypeLike, NDArray, np
 
-Floats = NDArray[np.floating[Any]]
+Floats: TypeAlias = "NDArray[np.floating[Any]]"
 """float32 or float64."""
-Float64s = NDArray[np.float64]
+Float64s: TypeAlias = "NDArray[np.float64]"
 BLOCK_BYTES = 32 * 2**20
 """The size of one temporary array. A call has a few of them."""
 

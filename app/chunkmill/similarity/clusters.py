@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeAlias
 
 from chunkmill.domain.arguments import as_number, as_word
 from chunkmill.errors import InvalidInput
@@ -23,9 +20,10 @@ from chunkmill.similarity.arrays import (
     slices,
 )
 from chunkmill.similarity.measures import Measure, unit_of, unit_rows
+from chunkmill.system.numbers import NDArray, np
 
 MEASURES = (Measure.EUCLIDEAN, Measure.COSINE)
-Labels = NDArray[np.int64]
+Labels: TypeAlias = "NDArray[np.int64]"
 FEW_CENTRES = 400
 """Up to so many centres, the rows of each are summed by a product of matrices: for 4,096 × 384 and 100 centres that
 takes 2 ms here, and sorting by label and ``add.reduceat`` 7 ms. The product's time grows with the centres."""

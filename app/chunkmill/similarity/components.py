@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from chunkmill.domain.arguments import as_number
 from chunkmill.errors import InvalidInput
 from chunkmill.similarity.arrays import Float64s, Rows, fitting, slices
+from chunkmill.system.numbers import np
 
 OVERSAMPLED = 10
 """How many more directions than asked for are followed, as Halko, Martinsson and Tropp (2011) advise."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from chunkmill.domain.arguments import as_word
 from chunkmill.errors import InvalidInput
 from chunkmill.similarity.arrays import Floats, Rows, fitting, require_same_dimensions, result_type, slices
 from chunkmill.similarity.measures import Comparison, Measure, comparison
+from chunkmill.system.numbers import np
 
 REFERENCE_ROWS = 1024
 """How many rows tell where the origin of Euclidean distances should be."""

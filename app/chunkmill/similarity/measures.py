@@ -12,10 +12,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.similarity.arrays import Float64s, Floats, Rows, fitting, slices
+from chunkmill.system.numbers import NDArray, np
 
 SAFE_EXPONENT = 500
 """The squares of numbers from 2**-500 to 2**500 neither overflow nor vanish in float64, nor does a sum of them."""

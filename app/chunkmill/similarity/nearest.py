@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.domain.arguments import as_number, as_word
 from chunkmill.errors import InvalidInput
 from chunkmill.similarity.arrays import Floats, Rows, fitting, require_same_dimensions, result_type, slices
 from chunkmill.similarity.measures import Comparison, Measure, comparison
+from chunkmill.system.numbers import NDArray, np
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -70,7 +70,7 @@ def find(conn: sa.Connection, collection: Collection, name: str) -> Crossing | N
     known = f"It has these: {', '.join(map(repr, names))}." if names else "It has none."
     raise NotFound(
         f"collection {collection.name!r} has no bridge {name!r}. {known} "
-        f"To learn one: client.bridge({collection.name!r}, …), or chunkmill bridge learn"
+        f"To learn one: client.bridge({collection.name!r}, MODEL), or: chunkmill bridge learn {collection.name} MODEL"
     )
 
 

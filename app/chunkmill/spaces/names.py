@@ -29,7 +29,7 @@ def drop(conn: sa.Connection, name: str) -> Collection:
     if aliases := aliases_of(conn, collection.id):
         raise InvalidInput(
             f"collection {name!r} is not dropped, because it has the alias {aliases[0]!r}. Move the alias to another "
-            "collection or remove it first: chunkmill collections alias, chunkmill collections unalias."
+            f"collection, or remove it first: chunkmill collections unalias {aliases[0]}"
         )
     # The name stays for a moment, because a change of it has to wait for the windows that producers are writing.
     update = "UPDATE collections SET dropped_at = now() WHERE id = :id"

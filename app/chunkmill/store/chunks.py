@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.domain.chunks import MAX_METADATA_BYTES
 from chunkmill.domain.filters import Filter
@@ -24,6 +22,7 @@ from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store.delete import begin_deletion, delete_unreferenced
 from chunkmill.store.read import keep_deletions_out
+from chunkmill.system.numbers import NDArray, np
 
 FIRST_WINDOW, MAX_WINDOW = 1_000, 20_000
 """How many chunks the first statement of a filtered reading looks at, and the most that a later one does."""

@@ -19,10 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.domain import keyword_query, mixing
 from chunkmill.domain.filters import Filter
@@ -32,6 +30,7 @@ from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden
+from chunkmill.system.numbers import NDArray, np
 
 MAX_MATCHES = 10_000
 """So many texts are ranked by keywords. On two busy cores that takes 0.3 s by one term and 0.7 s by 24 terms."""
@@ -113,7 +112,7 @@ def require_ready(conn: sa.Connection, collection: Collection) -> KeywordIndex:
     if index is None:
         raise InvalidInput(
             f"collection {collection.name!r} has no keywords. Call client.keywords({collection.name!r}, "
-            "language='english') once, or run: chunkmill keywords --language"
+            f"language='english') once, or run: chunkmill keywords {collection.name} --language english"
         )
     if index.state is not KeywordState.READY:
         language = index.language.removeprefix("pg_catalog.")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.spaces.registry import VectorTable
+from chunkmill.system.numbers import NDArray, np
 
 STEP = 1_000
 """How many vectors one statement reads."""

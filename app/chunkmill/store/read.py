@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.spaces import LongText
 from chunkmill.spaces.registry import Space, VectorTable
+from chunkmill.system.numbers import NDArray, np
 
 
 @dataclass(frozen=True, slots=True)

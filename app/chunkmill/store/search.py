@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.domain.filters import Filter
 from chunkmill.domain.results import Hits, SearchHit, SearchPlan
@@ -17,6 +15,7 @@ from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import read, segments
 from chunkmill.store.segments import ServingIndex
+from chunkmill.system.numbers import NDArray, np
 
 MAX_EXACT = 30_000
 """If a filter leaves more chunks than this in a collection with graphs, the search is never exact."""
@@ -192,7 +191,8 @@ def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_i
     query = "SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :collection AND chunk_id = :id)"
     if conn.execute(sa.text(query), {"collection": collection.id, "id": chunk_id}).scalar_one():
         raise NotFound(
-            f"chunk {chunk_id[:200]!r} of collection {collection.name!r} has no vector: `chunkmill audit` says why."
+            f"chunk {chunk_id[:200]!r} of collection {collection.name!r} has no vector: "
+            f"`chunkmill audit {collection.name}` says why."
         )
     raise NotFound(f"there is no chunk {chunk_id[:200]!r} in collection {collection.name!r}.")
 

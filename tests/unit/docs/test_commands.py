@@ -1,10 +1,12 @@
-"""Every `chunkmill` command in the documents, and in the comments of the deployment files, exists, with the options it
-is shown with: click is asked."""
+"""Every `chunkmill` command in the documents, in the comments of the deployment files and in our messages exists, with
+the options it is shown with: click is asked."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -12,7 +14,7 @@ import pytest
 import yaml
 from celery.bin.worker import worker as celery_worker
 
-from chunkmill.cli.__main__ import cli
+from chunkmill.cli.__main__ import COMMANDS, cli
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +31,9 @@ SHELL = {"console", "sh", "bash"}
 CODE = re.compile(r"`([^`]+)`", re.DOTALL)
 COMMAND = re.compile(r"(?:^|(?<=\s))chunkmill(?:\s+([^|;&#>)]*)|$)")
 """Up to where another command, a comment or a redirection begins."""
+
+ADVISED = re.compile(rf"(?:: |`)chunkmill ((?:{'|'.join(COMMANDS)})\b[^;,`()\n]*?)(?=\.(?:\s|$)|[;,`()\n]|$)")
+"""A command in a message, after a colon or in backticks, up to where the sentence goes on or ends."""
 
 
 def read_text(path: Path) -> str:
@@ -77,10 +82,51 @@ def problem_with(command: str, *, whole: bool = False) -> str | None:
     if left and not isinstance(command_there, click.Group):
         return f"too many arguments: {left}"
     is_complete = not whole or "help" in values
-    missing = (
-        [] if is_complete else [p.name for p in command_there.params if p.required and not values.get(p.name or "")]
-    )
+    # For an argument that is not there, releases of click put None, an empty list or a mark of their own.
+    given = {name for name, value in values.items() if isinstance(value, str | list | tuple) and value}
+    missing = [] if is_complete else [p.name for p in command_there.params if p.required and p.name not in given]
     return f"missing: {missing}" if missing else None
+
+
+def advised_in(code: str) -> list[str]:
+    """The commands that the messages of a module advise. What is put into a message when it is shown is an ``X``."""
+    tree = ast.parse(code)
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    inner |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # a docstring
+
+    def messages() -> Iterator[str]:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+                yield node.value
+
+    return [match[1] for message in messages() for match in ADVISED.finditer(message)]
+
+
+@pytest.mark.parametrize("package", ["app", "workers"])
+def test_whoever_types_what_a_message_advises_is_understood(package: str) -> None:
+    """The resume of a lane alone may lack the lane, which is added where the message is shown."""
+    advised = [
+        (path.name, command)
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for command in advised_in(path.read_text())
+        if command != "lanes resume"
+    ]
+    assert len(advised) > 5
+    assert [(*shown, problem) for shown in advised if (problem := problem_with(shown[1], whole=True))] == []
+
+
+def test_where_advice_is_found() -> None:
+    code = """
+def refuse(name):
+    '''Run: chunkmill nothing'''
+    raise ValueError(
+        f"{name!r} has none. Call keywords(), or run: "
+        f"chunkmill keywords {name} --drop. `chunkmill audit` and chunkmill jobs say more: chunkmill job 7; or not"
+    )
+"""
+    assert advised_in(code) == ["keywords X --drop", "audit", "job 7"]
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *COMMENTED], ids=lambda path: path.name)
@@ -173,6 +219,8 @@ key: chunkmill none  # chunkmill no comment of its own
     assert sorted(commands_in(read_text(file))) == ["enqueue /data/chunks.jsonl", "jobs -n 5", "nothing"]
     assert sorted(commands_in(read_text(file), inline=False)) == ["enqueue /data/chunks.jsonl", "jobs -n 5"]
     assert problem_with("enqueue /data/chunks.jsonl", whole=True) == "missing: ['collection']"
+    assert problem_with("keywords --drop", whole=True) == "missing: ['collection']"
+    assert problem_with("bridge learn docs", whole=True) == "missing: ['model']"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator
 
 from chunkmill_workers.benchmarks import report, summary
 from chunkmill_workers.benchmarks.names import LATENCY, MEMORY, OUR, REFERENCE, START
@@ -215,7 +216,9 @@ def _search(result: Result) -> Figure | None:
         fontsize=8.5, color=INK,
     )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # the labels of 9 and 10 would touch
     axes.xaxis.set_minor_formatter(_thousands)
+    axes.xaxis.set_major_formatter(_thousands)
     axes.tick_params(which="minor", length=0, labelsize=7, colors=PEER)
     axes.set_ylim(top=1.01)
     axes.set_ylabel("recall@10", fontsize=9, color=INK)

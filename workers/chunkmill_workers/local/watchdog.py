@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 
-from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.broker import Broker, publish_errors
 from chunkmill.ledger.dead import deaths
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
@@ -106,7 +106,7 @@ class Watchdog(threading.Thread):
         self._looked_at = now
         try:
             waiting = sum(self._broker.queued_doorbells().values())
-        except PUBLISH_ERRORS:
+        except publish_errors():
             waiting = 0  # Redis is away, so no worker can consume
         refused, self._refused = self._refused, COUNTS.total(metrics.REFUSED)
         if not waiting or context.workroom.inside or refused != self._refused:

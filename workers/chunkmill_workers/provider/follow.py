@@ -137,7 +137,7 @@ def _await_end(context: ProviderContext, step: Step, remote: RemoteBatch) -> Rem
     if since > GIVE_UP_AFTER_S:
         reason = (
             f"it was cancelled {since / 3600:.0f} hours ago, and the provider still says {remote.status}. It may have "
-            "been charged. To send its texts again: chunkmill retry"
+            "been charged. To send its texts again: chunkmill retry JOB"
         )
         give_up(context, step, code="never_ended", reason=f"given up: {reason}", may_have_run=True, **seen)
         raise StepDelayed(0.0)
@@ -192,7 +192,7 @@ def _without_results(context: ProviderContext, step: Step, remote: RemoteBatch, 
     charged = "It may have been charged" if remote.completed is None else "It was charged"
     reason = (
         f"it ended {remote.status} with {_done(remote)}, and named no result file. "
-        f"{charged}, and is not sent again by itself. To pay for it again: chunkmill retry"
+        f"{charged}, and is not sent again by itself. To pay for it again: chunkmill retry JOB"
     )
     return give_up(context, step, code="no_results", reason=reason, may_have_run=True, ended_at=sa.func.now(), **seen)
 

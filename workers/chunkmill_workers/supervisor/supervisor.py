@@ -292,7 +292,7 @@ class QueueClearing:
 
     def _clear(self, what_happened: str) -> None:
         # Imported here because the supervisor stays small until it is needed.
-        from chunkmill.broker import PUBLISH_ERRORS, QUEUES, Broker
+        from chunkmill.broker import QUEUES, Broker, publish_errors
 
         broker = Broker.connect(self._settings)
         try:
@@ -304,7 +304,7 @@ class QueueClearing:
                         "messages above say why.",
                         what_happened, queue, broker.clear(queue),
                     )  # fmt: skip
-        except PUBLISH_ERRORS as error:
+        except publish_errors() as error:
             logger.error("%s, and its queue cannot be cleared: %s", what_happened, refusal(error))  # noqa: TRY400
         finally:
             broker.close()

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,10 +15,8 @@ from chunkmill.cli.collections.prune import size
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, beginning, count, json_option
 from chunkmill.cli.progress import Bar
+from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput, NotFound
-
-if TYPE_CHECKING:  # it imports numpy
-    from chunkmill.domain.stored import StoredChunk
 
 PREVIEW = 60
 """Maximum number of columns of a text or of metadata in a list."""

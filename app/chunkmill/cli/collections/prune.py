@@ -149,8 +149,8 @@ def _show(screen: Screen, pruned: Pruned) -> None:
         )
     if pruned.kept_jobs:
         screen.hint(
-            f"{count(pruned.kept_jobs, 'old job')} kept, because some chunks have no vector: run `chunkmill retry`, "
-            "`chunkmill dead drop` or `chunkmill delete` first."
+            f"{count(pruned.kept_jobs, 'old job')} kept, because some chunks have no vector: run "
+            "`chunkmill retry JOB`, `chunkmill dead drop --job JOB` or `chunkmill delete COLLECTION` first."
         )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import click
+from rich.text import Text
 
 from chunkmill.cli.arguments import BYTES, Quantity
 from chunkmill.cli.late import Settings, yardsticks
@@ -17,8 +20,7 @@ from chunkmill.models.known import KnownModel, known_models
 from chunkmill.models.names import PROMPTS
 from chunkmill.tuning.presets import PREFERENCES, Option, Preference, Requirements, Yardstick, options
 
-WIDE = 160
-"""So many columns take the whole table of models. On a narrower terminal it would break names into syllables."""
+HEADS = ["model", "dims", "tokens", "params", "languages", "MTEB", "tokens/s", "licence", "runs", "cut to", "prompts"]
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -29,39 +31,59 @@ def list_models(screen: Screen) -> None:
     """List the models that people use: sizes, limits, prompts and licences, and how fast they are here.
 
     Only the table that comes with Chunkmill is read. A model that is not in it works too if `chunkmill models
-    check` says so. `tokens/s` is what `chunkmill tune` measured on this machine. MTEB is an average over tasks that are
-    not yours; where no score could be cited, none is shown.
+    check` says so. On a terminal, models stand below the beginning of their names. `tokens/s` is what `chunkmill tune`
+    measured on this machine. MTEB is an average over tasks that are not yours; where no score could be cited, none is
+    shown.
     """
     measured = {yardstick.model.name: yardstick for yardstick in yardsticks(Settings.from_env())}
     models = known_models()
     if screen.json:
         screen.document([_fields(model, measured.get(model.name)) for model in models])
         return
-    heads = ["model", "dims", "tokens", "params", "languages", "licence", "MTEB", "tokens/s"]
-    rows: list[tuple[object, ...]] = [
-        (model.name, model.dimensions, model.max_tokens, _millions(model.parameters), model.languages, model.licence,
-         _score(model), round(measured[model.name].tokens_per_second) if model.name in measured else None)
-        for model in models
-    ]  # fmt: skip
-    if screen.out.width >= WIDE:
-        heads += ["runs", "cut to", "prompts"]
-        rows = [
-            (*row, model.runs, _sizes(model), model.prompts or model.prompts_note)
-            for row, model in zip(rows, models, strict=True)
-        ]
-    screen.table(heads, rows)
+    if screen.out.is_terminal:
+        rows = _by_maker(models, measured)
+    else:  # a program that reads a pipe wants the whole name in each line
+        rows = [_row(model.name, model, measured) for model in models]
+    screen.table(HEADS, rows, optional=["prompts", "cut to", "runs", "licence", "tokens/s", "MTEB", "languages"])
     for source in sorted({model.score_source for model in models if model.score_source is not None}):
         screen.say(("MTEB: ", "dim"), source, ".")
     for model in models:
         if model.note is not None:
             screen.say((f"{model.name}: ", "dim"), model.note, ".")
-    if screen.out.width < WIDE:
-        screen.hint(
-            f"A terminal of {WIDE} columns also shows how they run, the sizes to which their vectors may be cut, and "
-            "their prompts. --json has all fields."
-        )
     if not measured:
         screen.hint("Nothing was measured on this machine yet: `chunkmill tune --model NAME` does that.")
+
+
+def _by_maker(models: Iterable[KnownModel], measured: Mapping[str, Yardstick]) -> list[tuple[object, ...]]:
+    """A row for each model, below one with its maker. The whole names would leave no room for most columns."""
+    rows: list[tuple[object, ...]] = []
+    for maker, makes in groupby(sorted(models, key=_maker), key=_maker):
+        if maker:
+            rows.append((f"{maker}/", *[Text("", justify="right")] * (len(HEADS) - 1)))
+        rows += [_row(model.name.replace(f"{maker}/", "  "), model, measured) for model in makes]
+    return rows
+
+
+def _maker(model: KnownModel) -> str:
+    """The name's part before the slash; of a provider's model nothing."""
+    return model.name.rpartition("/")[0]
+
+
+def _row(name: str, model: KnownModel, measured: Mapping[str, Yardstick]) -> tuple[object, ...]:
+    """The cells of a model under ``HEADS``."""
+    return (
+        Text(name),
+        model.dimensions,
+        model.max_tokens,
+        _millions(model.parameters),
+        model.languages,
+        _score(model),
+        round(measured[model.name].tokens_per_second) if model.name in measured else None,
+        model.licence,
+        model.runs,
+        _sizes(model),
+        model.prompts or model.prompts_note,
+    )
 
 
 @click.command()
@@ -144,8 +166,8 @@ def _show(screen: Screen, shown: list[Option], fitting: int, judged: list[Option
         for line in settings_of(best):
             screen.say(line)
     screen.hint(
-        "MTEB's tasks are not yours: `chunkmill compare` judges two models by your own chunks and queries, before you "
-        "embed everything."
+        "MTEB's tasks are not yours: `chunkmill compare COLLECTION MODEL` judges two models by your own chunks and "
+        "queries, before you embed everything."
     )
 
 

@@ -10,9 +10,6 @@ from decimal import Decimal
 from os import PathLike
 from typing import Any, Literal, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.client.aio.running import RunningCalls
 from chunkmill.client.hybrid import MAX_JUDGED
 from chunkmill.domain.bridges import Bridge
@@ -46,6 +43,7 @@ from chunkmill.domain.retention import CacheSpace, Pruned, QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.domain.stored import Exported, StoredChunk
+from chunkmill.system.numbers import NDArray, np
 
 
 class AsyncVerbs(RunningCalls):

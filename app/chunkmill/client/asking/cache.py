@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.retention import QueryCache
 from chunkmill.errors import InvalidInput
 from chunkmill.system.files import open_regular
+from chunkmill.system.numbers import np
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.embedded import EmbeddedText, EmbeddedTexts
+from chunkmill.system.numbers import np
 
 
 class DistinctTexts:

@@ -9,10 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from chunkmill.client.asking.gathered import DistinctTexts
 from chunkmill.client.asking.listener import PATROL_SECONDS, Mailbox, SocketAnswer
@@ -30,6 +28,7 @@ from chunkmill.ledger.embed_requests import AnswerRow
 from chunkmill.monitor import present
 from chunkmill.spaces.registry import Space
 from chunkmill.store import read
+from chunkmill.system.numbers import NDArray, np
 
 PART_TEXTS = 32
 """How many texts one embed request has. A worker that has begun with one is busy for a forward pass or two."""

@@ -175,7 +175,7 @@ def why_waiting(
             return (
                 f"{row.failed:,} contents cannot be embedded into space {space_name}: their ChunkBatches were "
                 "discarded after the last attempt, or their texts are lost. `chunkmill jobs` shows the jobs that "
-                f"failed, such as {row.job_id}; `chunkmill retry` tries them again."
+                f"failed, such as {row.job_id}; `chunkmill retry {row.job_id}` tries its own again."
             )
         if row.job_id is None:
             space = registry.get_if_readable(conn, row.space_id)
@@ -189,7 +189,7 @@ def why_waiting(
                 f"Nothing of job {row.job_id}, which fills space {space_name}, was embedded for "
                 f"{PASSED_OVER_SECONDS // 60} minutes, because workers always have work of a higher priority. Start "
                 f"more workers. Or give up the filling with `chunkmill reembed cancel {reembedding_id}`, and begin "
-                "again with `chunkmill reembed start` and a higher --priority."
+                "again with `chunkmill reembed start COLLECTION MODEL` and a higher --priority."
             )
     return None
 

@@ -51,7 +51,7 @@ def ring_due(
     windows. Jobs of one priority take turns.
 
     The marks are committed after the bells are in Redis, so a crash in between rings twice, which the claim tolerates,
-    instead of never. Raises one of ``chunkmill.broker.PUBLISH_ERRORS`` while Redis is away; roll back then.
+    instead of never. Raises one of ``chunkmill.broker.publish_errors`` while Redis is away; roll back then.
     """
     queued = dict(queued)
     # The statistics do not know a new job yet: the planner expects a row or two and sorts two million for each probe.

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from chunkmill.domain.planning import too_long_reason
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.windows import window_bounds
 from chunkmill.openai.plan.limits import OVERHEAD_BYTES, BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter
 from chunkmill.openai.wire.jsonl import text_bytes
+from chunkmill.system.numbers import np
 
 # How many characters after the last token that fits are tried as a longer prefix, because a truncated word may have
 # more tokens than the whole one: "embeddin" has more than "embedding". No token of cl100k is longer than this.

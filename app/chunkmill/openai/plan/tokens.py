@@ -15,15 +15,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.models.files import MOST_FILE_BYTES
 from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic
 from chunkmill.system.files import read_at_most
 from chunkmill.system.forks import renew_in_child
+from chunkmill.system.numbers import NDArray, np
 
 if TYPE_CHECKING:
     import tiktoken

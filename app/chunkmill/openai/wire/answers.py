@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chunkmill.errors import ProviderSilent
 from chunkmill.openai.wire.bounds import TOKENS_FACTOR, believed_tokens
 from chunkmill.openai.wire.redaction import clean, redact
 from chunkmill.openai.wire.vectors import read_embeddings
+from chunkmill.system.numbers import NDArray, np
 
 NUMBER_BYTES: Final = 32
 """Bytes that a number of a vector takes at most, as a decimal on a line of its own."""

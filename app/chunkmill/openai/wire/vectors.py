@@ -5,8 +5,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from chunkmill.system.numbers import NDArray, np
 
 _NUMBERS = "fiu"  # kinds of NumPy arrays that are vectors; those of texts and booleans are not
 

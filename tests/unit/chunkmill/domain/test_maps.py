@@ -79,8 +79,8 @@ def test_the_page_loads_nothing_and_no_id_can_leave_the_data() -> None:
     assert data["ids"] == [f"doc-{i} {EVIL}" for i in range(3)]
     assert data["texts"] is None
     marked = dataclasses.replace(drawn(["de"]), collection="{{data}} {{title}}").html()
-    assert data_of(marked)["title"] == "Collection {{data}} {{title}}, by lang"
-    assert "<title>Collection {{data}} {{title}}, by lang</title>" in marked
+    assert data_of(marked)["title"] == "Collection {{data}} {{title}}, coloured by lang in its metadata"
+    assert "<title>Collection {{data}} {{title}}, coloured by lang in its metadata</title>" in marked
     assert min(data["x"]) == 0  # type: ignore[call-overload]
     assert max(data["x"]) == 65_535  # type: ignore[call-overload]
 

@@ -36,6 +36,8 @@ from .test_models import BERT, module, sentence_folder, weights, write
         ("query_model=a&query_prompt_name=query", "state it in the name of that model"),
         ("query_model=a%3Fquery_model%3Db", "cannot have a query_model of its own"),
         ("query_model=nowhere", "model 'nowhere' is not a folder on this machine"),
+        ("query_model=./nowhere", r"model './nowhere' is not a folder on this machine.*: check the path$"),
+        ("query_model=../no/where", r"model '../no/where' is not a folder on this machine.*: check the path$"),
         ("pooling=cls", "states mean pooling"),
         ("&".join(f"k{n}=1" for n in range(50)), "with at most"),
     ],

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from chunkmill.cli.__main__ import cli
 from chunkmill.cli.models import check as checking
+from chunkmill.cli.models.known import _maker
 from chunkmill.cli.output import Screen
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.machine import this_machine, versions
@@ -228,19 +229,31 @@ def test_prompts_that_the_card_asks_for_and_the_folder_lacks_are_named(
     assert document("check", f"{folder}?prompts=e5")["advice"] == []
 
 
-@pytest.mark.parametrize("columns", [100, 160])
-def test_the_table_of_models_breaks_no_name_into_syllables(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("columns", "last"), [(70, "params"), (80, "MTEB"), (160, "prompts")])
+def test_a_terminal_shows_a_line_for_each_model_below_the_beginning_of_its_name(
+    columns: int, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Screen, "__init__", _terminal(Screen.__init__, columns))
     lines = run("list").stdout.splitlines()
-    assert ("prompts" in lines[0]) == (columns == 160)
-    firsts = [line.split()[0] for line in lines]
-    for model in known_models():
-        assert any(len(first) >= min(30, len(model.name)) and model.name.startswith(first) for first in firsts), model
+    assert lines[0].split()[-1] == last
+    seen, maker = [], ""
+    for line in lines[1 : 1 + len(known_models()) + len({_maker(model) for model in known_models()} - {""})]:
+        assert len(line) <= columns
+        name, *cells = line.split()
+        maker = maker if line.startswith(" ") else name if name.endswith("/") else ""
+        seen += [(maker if line.startswith(" ") else "") + name] if cells else []
+    assert sorted(seen) == sorted(model.name for model in known_models())
+
+
+def test_a_pipe_has_the_whole_name_in_each_line() -> None:
+    lines = run("list").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(known_models())]] == [model.name for model in known_models()]
 
 
 def _terminal(init: Callable[..., None], columns: int) -> Callable[..., None]:
     def made(screen: Screen, *, as_json: bool) -> None:
         init(screen, as_json=as_json)
-        screen.out = Console(width=columns, markup=False, emoji=False, highlight=False)
+        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "color_system": None}
+        screen.out = Console(width=columns, force_terminal=True, **plain)
 
     return made

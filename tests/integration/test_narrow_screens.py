@@ -1,0 +1,104 @@
+"""Every command that shows what there is fits a narrow terminal, with long names in what it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from chunkmill.cli.__main__ import cli
+from chunkmill.cli.output import Screen
+from chunkmill.client import Client
+from chunkmill.settings import Settings
+from tests.integration.hands import Hands
+from tests.unit.chunkmill.cli.test_output import every_path
+
+NAME = "letters-of-the-mill-from-1881"
+SCREENS = {
+    "audit": "",
+    "bridge": "",
+    "cache": "",
+    "chunks count": NAME,
+    "chunks get": f"{NAME} guides/of/a/1",
+    "chunks list": NAME,
+    "collections": "",
+    "cost": "--by job",
+    "cost adjustments": "",
+    "dead list": "",
+    "dead show": "1",
+    "doctor": "",
+    "golden": "",
+    "golden list": NAME,
+    "job": "1 --dead --attempts",
+    "jobs": "",
+    "keys list": "",
+    "keywords": NAME,
+    "lanes": "",
+    "models": "",
+    "models choose": "",
+    "models list": "",
+    "prune": "--dry-run",
+    "reembed list": "",
+    "status": "",
+}
+"""The commands that show what is in the database, and with what they are called."""
+ACTS = {
+    "backup", "bench", "bridge drop", "bridge learn", "cache evict", "cancel", "collections alias", "collections drop",
+    "collections rename", "collections unalias", "compare", "cost correct", "dead drop", "dead retry", "delete", "demo",
+    "down", "enqueue", "export", "flower", "gateway", "golden clear", "golden load", "golden titles", "golden tune",
+    "index", "keys create", "keys revoke", "lanes abandon", "lanes resume", "map", "migrate", "models canary",
+    "models check", "models drop", "models export", "poller", "restore", "retry", "search", "tune", "up", "worker",
+    "chunks update", *(f"reembed {verb}" for verb in ("cancel", "finish", "flip", "judge", "pause", "resume",
+    "rollback", "show", "start")),
+}  # fmt: skip
+"""The other commands."""
+GROUPS = {"", "chunks", "dead", "keys", "reembed"}
+
+
+def test_every_command_is_in_one_of_the_lists() -> None:
+    assert {" ".join(path) for path in every_path()} == SCREENS.keys() | ACTS | GROUPS
+
+
+@pytest.fixture
+def shown(settings: Settings, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name in (NAME, "other"):
+        text = "{} has the title {}\n\nThe mill grinds slowly, and what it grinds is fine and white."
+        chunks = [(f"guides/of/a/{i}", text.format(name, i), {"n": i}) for i in range(3)]
+        client.enqueue([*chunks, ("too-long", "word " * 9_000, {})], collection=name, on_long="reject")
+        hands.work()
+        client.golden(name).from_titles(5)
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+    init = Screen.__init__
+
+    def on_a_terminal(columns: int, command: str) -> str:
+        def made(screen: Screen, *, as_json: bool) -> None:
+            init(screen, as_json=as_json)
+            plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "color_system": None}
+            screen.out = Console(width=columns, force_terminal=True, **plain)
+            screen.err = Console(width=columns, force_terminal=True, stderr=True, **plain)
+
+        monkeypatch.setattr(Screen, "__init__", made)
+        result = CliRunner().invoke(cli, [*command.split(), *SCREENS[command].split()])
+        assert result.exception is None or isinstance(result.exception, SystemExit), command
+        assert result.exit_code in (0, 1, 3, 4), (command, result.output)
+        return result.output
+
+    return on_a_terminal
+
+
+@pytest.mark.parametrize("columns", [70, 80])
+def test_what_commands_show_fits_and_breaks_no_word(shown: Any, columns: int) -> None:
+    wrong = {}
+    for command in SCREENS:
+        wide, narrow = shown(400, command), shown(columns, command)
+        kept = [line for line in narrow.splitlines() if "wider terminal" not in line and "has all." not in line]
+        too_long = [line for line in narrow.splitlines() if len(line.rstrip()) > columns and " " in line.strip()]
+        # What was measured is another number in each call, and a text is cut where the line ends.
+        new = {word for line in kept for word in line.split()} - set(wide.split())
+        broken = {word for word in new if "…" not in word and not any(letter.isdigit() for letter in word)}
+        if too_long or broken:
+            wrong[command] = (too_long, broken)
+    assert wrong == {}
