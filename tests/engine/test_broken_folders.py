@@ -19,6 +19,7 @@ from chunkmill.domain.trust import Trust
 from chunkmill.errors import ChunkmillError, ModelLoadError, UnknownModel
 from chunkmill.models import resolve_model
 from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends import loading
 from chunkmill_workers.engine.backends.exported import export_folder, find
 
 from .conftest import sample
@@ -80,6 +81,25 @@ def test_a_broken_folder_is_refused_with_its_reason(kind: str, folder: Path) -> 
         load(folder)
     assert isinstance(caught.value, UnknownModel | ModelLoadError)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("is_named_alone", [True, False])
+def test_tensors_of_wrong_shapes_are_named_as_either_release_of_transformers_gives_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_named_alone: bool
+) -> None:
+    """Before 5 it gives their names, and since then each with both shapes."""
+    wrong = [name if is_named_alone else (name, [1], [2]) for name in ("layer.1.weight", "layer.0.weight")]
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(*_: object, **__: object) -> tuple[object, dict[str, object]]:
+            return torch.nn.Identity(), {"missing_keys": [], "mismatched_keys": wrong}
+
+    monkeypatch.setattr(loading, "_class_of", lambda _: Kind)
+    monkeypatch.setattr(loading, "_require_stored", lambda *_: None)
+
+    with pytest.raises(ModelLoadError, match=r"2 tensors in .*, layer\.0\.weight first"):
+        loading.load_model(resolve_model(str(folder), trust=Trust()))
 
 
 class Payload:

@@ -5,11 +5,12 @@ In its place stands :func:`plain_varlen`, which takes the real one's arguments a
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,17 @@ def test_one_long_text_among_short_ones_makes_no_grid(long_model: Callable[[str]
 
     weights = encoder.words.numel()
     assert largest.numbers <= max(tokens * 3 * 32, MAX_TOKENS**2 * 4, weights), "larger than queries, keys and values"
+
+
+def test_a_modernbert_of_transformers_before_5_runs_through_transformers(long_model: Callable[[str], Any]) -> None:
+    """Its configuration does not say which layers see only their neighbours."""
+    build = Build(torch.float32, CPU, 256, MAX_TOKENS)
+    model = copy.copy(long_model("modernbert"))
+    assert build_encoder(model, build) is not None
+    said = {name: value for name, value in model.config.to_dict().items() if name != "layer_types"}
+    model.config = SimpleNamespace(**said)
+
+    assert build_encoder(model, build) is None
 
 
 def test_the_layout_of_packed_texts() -> None:

@@ -57,10 +57,11 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
             f"the weights in {folder.transformer} lack {len(missing)} tensors that its config.json asks for, "
             f"{missing[0]} first: copy the folder again"
         )
-    if wrong := sorted(info.get("mismatched_keys") or ()):
+    # transformers before 5 gives the names alone, and later releases the shapes beside them.
+    if wrong := sorted(key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys") or ()):
         raise ModelLoadError(
             f"{len(wrong)} tensors in {folder.transformer} do not have the shapes that its config.json states, "
-            f"{wrong[0][0]} first: copy the folder again"
+            f"{wrong[0]} first: copy the folder again"
         )
     return model.eval()
 

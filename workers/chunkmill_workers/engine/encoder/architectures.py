@@ -193,6 +193,8 @@ def _nomic(model: Any, build: Build) -> Encoder | None:
 
 def _modernbert(model: Any, build: Build) -> Encoder | None:
     config = model.config
+    if not hasattr(config, "layer_types"):
+        return None  # transformers before 5 builds its attention in another way
     kinds = sorted(set(config.layer_types))
     rotaries = [_rotary(model.rotary_emb, build, kind) for kind in kinds]
     if None in rotaries or config.hidden_activation not in ACTIVATIONS:
