@@ -56,13 +56,14 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/chunkmill demo
 
+# pip-audit waits for the network, and mypy takes one core for a minute or two.
 test: lint
-	@echo "== pip-audit"
-	@$(BIN)/python -m tests.support.audit --warn
-	@echo "== pytest, on real Postgres, Redis and Celery workers, and mypy --strict beside it"
+	@echo "== pytest, on real Postgres, Redis and Celery workers, with mypy --strict and pip-audit beside it"
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
+		$(BIN)/python -m tests.support.audit --warn > $(VENV)/audit.log 2>&1 & audit=$$!; \
 		$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15; tests=$$?; \
-		wait $$mypy; types=$$?; echo "== mypy --strict"; cat $(VENV)/mypy.log; exit $$((tests | types))
+		wait $$audit; unsafe=$$?; echo "== pip-audit"; cat $(VENV)/audit.log; \
+		wait $$mypy; types=$$?; echo "== mypy --strict"; cat $(VENV)/mypy.log; exit $$((tests | types | unsafe))
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
