@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from chunkmill import Client
 from chunkmill.cli.__main__ import cli
 from chunkmill.client import comparing
-from chunkmill.domain.comparing import unit
+from chunkmill.domain.comparing import Comparison, unit
 from chunkmill.domain.ranking import mrr_at, ndcg_at
 from chunkmill.errors import BudgetExceeded, EngineError, InvalidInput, NotFound, WaitTimeout
+from chunkmill.gateway import lasting
 from chunkmill.models import DEFAULT_MODEL
 from chunkmill.remote import RemoteClient, compare_searches
 from chunkmill.settings import Settings
@@ -33,6 +34,7 @@ from tests.integration.conftest import Runner
 from tests.openai_server import OpenAIServer
 from tests.support.corridor import Corridor, corridor
 from tests.support.gateways import running_gateway
+from tests.support.remotes import remote
 from tests.support.waiting import PATIENCE
 
 ANIMALS = ("cat", "dog", "horse", "eagle", "salmon", "wasp", "oak", "rose")
@@ -210,6 +212,52 @@ def test_two_gateways_are_compared_by_what_they_return(
     told = docs.compare("docs", DEFAULT_MODEL, dimensions=96, timeout=PATIENCE).changes
     for one_way, other_way in ((cut.ndcg, told.ndcg), (cut.recall, told.recall), (cut.mrr, told.mrr)):
         assert (one_way.old, one_way.new) == (pytest.approx(other_way.old), pytest.approx(other_way.new))
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_comparison_over_http_says_what_that_of_a_client_says(
+    docs: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """But for the speeds that were measured. Blank lines come before the answer."""
+    monkeypatch.setattr(lasting, "HEARTBEAT_SECONDS", 1e-3)
+    load_golden(docs, tmp_path)
+    load_golden(docs, tmp_path, "others")
+    asked = {"dimensions": 96, "sample": 20, "queries": 7}
+    with running_gateway(docs._settings) as gateway, remote(kind, gateway.url, gateway.key) as client:
+        assert client.quote_comparison("docs", DEFAULT_MODEL, **asked) == docs.quote_comparison(
+            "docs", DEFAULT_MODEL, **asked
+        )
+        over_http = client.compare("docs", DEFAULT_MODEL, max_usd="0.5", timeout=PATIENCE, **asked)
+        told = docs.compare("docs", DEFAULT_MODEL, timeout=PATIENCE, **asked)
+        for one in (client, docs):
+            with pytest.raises(InvalidInput, match="nothing to judge a model by"):
+                one.compare("others", DEFAULT_MODEL, timeout=PATIENCE, **asked)
+            with pytest.raises(NotFound):
+                one.compare("absent", DEFAULT_MODEL, timeout=PATIENCE)
+            with pytest.raises(InvalidInput, match="sample"):
+                one.compare("docs", DEFAULT_MODEL, sample=0)
+    assert _unmeasured(over_http) == _unmeasured(told)
+
+
+def _unmeasured(told: Comparison) -> Comparison:
+    measured = dict.fromkeys(("tokens_per_second", "query_p50_ms", "query_p95_ms", "usd_per_million", "collection_usd"))
+    return replace(told, old=replace(told.old, **measured), new=replace(told.new, **measured))
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_searches_are_tuned_over_http_as_by_a_client(docs: Client, tmp_path: Path, kind: str) -> None:
+    load_golden(docs, tmp_path)
+    docs.keywords("docs", language="english")
+    with running_gateway(docs._settings) as gateway, remote(kind, gateway.url, gateway.key) as client:
+        tuned = client.tune_search("docs", timeout=PATIENCE)
+        assert tuned == docs.tune_search("docs", timeout=PATIENCE)
+        assert tuned == client.tune_search("docs", timeout=PATIENCE, space="active")
+        for one in (client, docs):
+            with pytest.raises(InvalidInput, match="keywords"):
+                one.tune_search("others", timeout=PATIENCE)
+            with pytest.raises(NotFound):
+                one.tune_search("docs", timeout=PATIENCE, space="previous")
+    assert (tuned.n, tuned.collection) == (8, "docs")
 
 
 @pytest.fixture

@@ -18,18 +18,24 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from chunkmill.cli.__main__ import cli
+from chunkmill.client import Client
 from chunkmill.client.spool import Spool
 from chunkmill.domain.chunks import prepare_or_skip
+from chunkmill.domain.embedded import estimated_tokens
 from chunkmill.domain.keys import KeyLimits, Scope
-from chunkmill.errors import InvalidChunk
+from chunkmill.errors import EngineError, InvalidChunk
 from chunkmill.gateway.keys import StoredKeys
 from chunkmill.ledger.access import keys, spends
 from chunkmill.ledger.reembedding import fill
 from chunkmill.poller import poller
+from chunkmill.store import golden
+from chunkmill_workers.provider.responder import ProviderResponder
 from tests.support.corridor import MODEL, Corridor
 from tests.support.corridor_scene import Scene
 from tests.support.gateways import RunningGateway, running_gateway
+from tests.support.paid_ledger import LARGE
 from tests.support.served import ended, line, openai_client, start
+from tests.support.waiting import until
 
 ENOUGH = Decimal("0.01")
 Row = dict[str, Any]
@@ -382,3 +388,93 @@ def test_a_spool_gives_bad_chunks_back_from_its_file_and_can_be_looked_at_before
     with Spool(prepare_or_skip(given)) as spool:
         assert shown(spool.look()) == shown(spool.look()) == wanted
         assert shown(spool) == wanted
+
+
+@pytest.fixture
+def judged(books: Books) -> Iterator[Books]:
+    """Two collections with golden queries and keywords, whose texts have vectors. A worker answers questions."""
+    client = books.corridor.client
+    for name in ("docs", "notes"):
+        texts = [
+            f"A title of number {i} in {name}\nWhat number {i} says of all the things in {name}." for i in range(6)
+        ]
+        books.run(job_of(books.enqueue(books.key(f"filler of {name}", None), name, texts)))
+        client.keywords(name, language="simple")
+        assert client.golden(name).from_titles(6)
+    answering = ProviderResponder(books.corridor.context)
+    answering.start()
+    yield books
+    answering.stop()
+
+
+def answered(response: httpx2.Response) -> Any:
+    """What an answer holds that may have begun with blank lines."""
+    assert response.status_code == 200, response.text
+    body = response.json()
+    assert "error" not in body, body
+    return body
+
+
+def test_a_comparison_costs_the_key_that_asked_for_it_what_was_quoted(judged: Books) -> None:
+    rich, other = (judged.key(name, ENOUGH, Scope.ADMIN) for name in ("rich", "other"))
+    asked = {"model": LARGE, "dimensions": 8}
+    quotes = {
+        name: answered(judged.ask(rich, "POST", f"/v1/collections/{name}/compare", json={**asked, "dry_run": True}))
+        for name in ("docs", "notes")
+    }
+    usd = {name: Decimal(quote["old_usd"]) + Decimal(quote["new_usd"]) for name, quote in quotes.items()}
+    assert all(usd.values()) and judged.used(rich) == 0
+    questions = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = 0"
+    before = Decimal(judged.corridor.one(questions))
+
+    told = answered(judged.ask(rich, "POST", "/v1/collections/docs/compare", json=asked))
+
+    assert (told["sample"], told["new"]["embedded"], told["old"]["embedded"]) == (6, 6, 0)
+    assert judged.used(rich) == usd["docs"] == Decimal(judged.corridor.one(questions)) - before
+    assert judged.used(other) == 0
+    # The second comparison is dearer than what is left.
+    with judged.corridor.db.begin() as conn:
+        left = usd["docs"] + usd["notes"] - Decimal("1e-9")
+        conn.execute(
+            sa.text("UPDATE api_keys SET usd_per_month = :usd WHERE id = :id"), {"usd": left, "id": id_of(rich)}
+        )
+    judged.gateway.gateway.keys.forget()
+    answer = judged.ask(rich, "POST", "/v1/collections/notes/compare", json=asked)
+    assert refused(answer) == (429, "insufficient_quota")
+    assert judged.used(rich) == usd["docs"]
+    assert Decimal(judged.corridor.one(questions)) == before + usd["docs"]
+
+
+def test_a_comparison_that_fails_counts_for_its_key_all_the_same(
+    judged: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of it may have been embedded, and nobody knows how large a part."""
+    key = judged.key("one", ENOUGH, Scope.ADMIN)
+
+    def fails(*_: object, **__: object) -> None:
+        raise EngineError("no vectors today")
+
+    monkeypatch.setattr(Client, "compare", fails)
+    quote = judged.corridor.client.quote_comparison("docs", LARGE, dimensions=8)
+    assert quote.usd
+    for n_failed in (1, 2):  # the reservation of the second one writes what the first one gave back, if it did
+        answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json={"model": LARGE, "dimensions": 8})
+        assert "no vectors today" in answer.json()["error"]["message"]
+        assert judged.used(key) == n_failed * quote.usd
+
+
+def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tuned(judged: Books) -> None:
+    rich, other, poor = (
+        judged.key(name, usd, Scope.ADMIN)
+        for name, usd in (("rich", ENOUGH), ("other", ENOUGH), ("poor", Decimal("1e-8")))
+    )
+    assert refused(judged.ask(poor, "POST", "/v1/collections/docs/tune-search")) == (429, "insufficient_quota")
+
+    told = answered(judged.ask(rich, "POST", "/v1/collections/docs/tune-search", json={"space": "active"}))
+
+    assert (told["collection"], told["n"]) == ("docs", 6)
+    with judged.corridor.db.begin() as conn:
+        queries = golden.read(conn, judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'"), most=100)
+    estimate = sum(estimated_tokens(query.text) for query in queries) * Decimal("0.02") / 1_000_000
+    until(lambda: judged.used(rich) == estimate, lambda: (judged.used(rich), estimate))
+    assert (judged.used(other), judged.used(poor)) == (0, 0)

@@ -109,12 +109,12 @@ class Gateway:
         if exchange is not None:
             exchange.model, exchange.texts = model, exchange.texts + len(texts)
         estimate = sum(map(estimated_tokens, texts))
-        async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self._price(model)) as use:
+        async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self.price(model)) as use:
             yield use
         if exchange is not None:
             exchange.tokens += use.tokens
 
-    def _price(self, model: str) -> Decimal:
+    def price(self, model: str) -> Decimal:
         """US dollars for a token of a plain request: 0 for a model that our own workers serve."""
         served = provider_model(self.settings, model)
         if served is None or served.same_as is not None:

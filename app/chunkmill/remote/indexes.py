@@ -1,20 +1,26 @@
-"""What searches of a collection need, and how they went, through a gateway."""
+"""What searches of a collection need, how they went, and how models compare, through a gateway."""
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
-from chunkmill.domain.arguments import as_seconds, as_text, require_name
+from chunkmill.domain.arguments import as_number, as_seconds, as_text, as_usd, as_word, require_name
+from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.results import Index, Keywords, SearchCounts
+from chunkmill.domain.results import Index, Keywords, SearchCounts, SearchTuning
+from chunkmill.domain.spaces import Precision
 from chunkmill.remote.asking import RemoteCalls
 from chunkmill.remote.collections import path_of
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.steps import Steps
 
+MOST_JUDGED = 2_000
+"""The most queries that are judged in one call."""
+
 
 class Indexes(RemoteCalls):
-    """The verbs about serving indexes and keywords."""
+    """The verbs about serving indexes, keywords, and what golden queries say."""
 
     def index(self, collection: str, *, space: str | None = None) -> Steps[Index]:
         """Build now what searches of the collection need, as :meth:`Client.index` does.
@@ -51,16 +57,104 @@ class Indexes(RemoteCalls):
             is_repeatable=False,
         )
 
-    def search_counts(self, collection: str, *, hours: float = 24.0) -> Steps[Rows[SearchCounts]]:
+    def search_counts(self, collection: str, *, hours: float = 24.0) -> Steps[list[SearchCounts]]:
         """How the searches of the last ``hours`` went in each space of a collection, as :meth:`Client.search_counts`
         says. Raises what that raises."""
         require_name("collection", collection)
 
-        def reader(body: bytes) -> Rows[SearchCounts]:
+        def reader(body: bytes) -> list[SearchCounts]:
             return Rows(read_list(SearchCounts, parse_object(body).get("counts"), "counts"), SearchCounts)
 
         query = {"hours": str(as_seconds("hours", hours))}
         return self._get(path_of(collection, "searches"), reader, query=query)
+
+    def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> Steps[SearchTuning]:
+        """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose, as
+        :meth:`Client.tune_search` does.
+
+        The queries count for the limits of the key. A request that was begun is not repeated. Raises what that raises.
+        """
+        require_name("collection", collection)
+        body = {} if space is None else {"space": as_text("space", space)}
+        return self._get_lasting(
+            path_of(collection, "tune-search"),
+            lambda answer: read(SearchTuning, parse(answer)),
+            body,
+            as_seconds("timeout", timeout),
+        )
+
+    def compare(
+        self,
+        collection: str,
+        model: str,
+        *,
+        against: str | None = None,
+        sample: int = 20_000,
+        queries: int = MOST_JUDGED,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        max_usd: Decimal | int | str | None = None,
+        timeout: float = 3600.0,
+    ) -> Steps[Comparison]:
+        """Judge ``model`` against the model of a collection on a sample of it, as :meth:`Client.compare` does, which
+        describes the arguments.
+
+        What it costs counts for the limits of the key. A request that was begun is not repeated. Raises what that
+        raises.
+        """
+        body = _compared(collection, model, against, sample, queries, dimensions, precision)
+        if max_usd is not None:
+            body["max_usd"] = str(as_usd("max_usd", max_usd))
+        return self._get_lasting(
+            path_of(collection, "compare"),
+            lambda answer: read(Comparison, parse(answer)),
+            body,
+            as_seconds("timeout", timeout),
+        )
+
+    def quote_comparison(
+        self,
+        collection: str,
+        model: str,
+        *,
+        against: str | None = None,
+        sample: int = 20_000,
+        queries: int = MOST_JUDGED,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> Steps[ComparisonQuote]:
+        """What :meth:`compare` with these arguments would have embedded, and what that would cost. Nothing is sent.
+
+        Raises what :meth:`compare` raises before it sends anything.
+        """
+        body = {**_compared(collection, model, against, sample, queries, dimensions, precision), "dry_run": True}
+        return self._get_lasting(
+            path_of(collection, "compare"), lambda answer: read(ComparisonQuote, parse(answer)), body
+        )
+
+
+def _compared(
+    collection: str,
+    model: str,
+    against: str | None,
+    sample: int,
+    queries: int,
+    dimensions: int | None,
+    precision: Precision | str | None,
+) -> dict[str, Any]:
+    require_name("collection", collection)
+    body: dict[str, Any] = {
+        "model": as_text("model", model),
+        "sample": as_number("sample", sample, least=1),
+        "queries": as_number("queries", queries, least=1),
+    }
+    if against is not None:
+        body["against"] = as_text("against", against)
+    if dimensions is not None:
+        body["dimensions"] = as_number("dimensions", dimensions, least=1)
+    if precision is not None:
+        body["precision"] = as_word(Precision, precision, "precision").value
+    return body
 
 
 def _keywords(body: bytes) -> Keywords | None:

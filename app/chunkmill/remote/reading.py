@@ -108,7 +108,7 @@ def _read(kind: Any, value: Any, place: str) -> Any:
         return value
     if isinstance(origin, type) and issubclass(origin, Mapping):
         keys, values = typing.get_args(kind)
-        return {_read(keys, name, place): _read(values, one, place) for name, one in _object(value, place).items()}
+        return {_key(keys, name, place): _read(values, one, place) for name, one in _object(value, place).items()}
     if dataclasses.is_dataclass(kind):
         given = _object(value, place)
         arguments = {}
@@ -119,6 +119,16 @@ def _read(kind: Any, value: Any, place: str) -> Any:
                 raise UnreadableAnswer(f"{place} has no {name}")
         return typing.cast(type, kind)(**arguments)
     return _scalar(kind, value, place)
+
+
+def _key(kind: Any, name: str, place: str) -> Any:
+    """A key of a mapping, which JSON has as a text also if it is a number."""
+    if kind is not float:
+        return _read(kind, name, place)
+    try:
+        return _scalar(float, float(name), place)
+    except ValueError:
+        raise UnreadableAnswer(f"{place} has a key that is not a number") from None
 
 
 def _scalar(kind: Any, value: Any, place: str) -> Any:

@@ -122,7 +122,7 @@ class Limits:
                 raise self._overloaded()
         is_answered = False
         try:
-            async with self._counted(caller, tokens, price) as use:
+            async with self._counted(caller, Use(tokens, tokens * price, price)) as use:
                 yield use
             is_answered = True
         finally:
@@ -130,8 +130,18 @@ class Limits:
                 self.release(own, answered=is_answered)
 
     @contextlib.asynccontextmanager
-    async def _counted(self, caller: Caller, tokens: int, price: Decimal) -> AsyncIterator[Use]:
-        use = Use(tokens, tokens * price, price)
+    async def spending(self, caller: Caller, *, tokens: int, usd: Decimal) -> AsyncIterator[Use]:
+        """Let workers embed meanwhile what takes no room in this gateway, such as the texts of a comparison.
+
+        If it fails, the estimate counts for the key all the same, because a part of it may have been done. Raises
+        :class:`Refusal` if the key's limits do not allow it.
+        """
+        async with self._counted(caller, Use(tokens, usd, Decimal(0)), counts_failures=True) as use:
+            yield use
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, caller: Caller, use: Use, *, counts_failures: bool = False) -> AsyncIterator[Use]:
+        tokens = use.tokens
         if caller.key_id is None:
             yield use
             return
@@ -147,6 +157,8 @@ class Limits:
                 if against is not None:
                     raise _quota(state.limits, against)
                 reserved = UsageBooking(0, asked.tokens, asked.usd)
+            if counts_failures:
+                used = UsageBooking(0, tokens, use.usd)
             yield use
             used = UsageBooking(0, use.tokens, use.usd)
         finally:

@@ -23,7 +23,9 @@ from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
+from chunkmill.gateway.routes.judging import golden_tokens
 from chunkmill.gateway.shapes import answer, list_of, object_of, schema_of
+from chunkmill.ledger.judging import MOST_JUDGED
 from chunkmill.ledger.reembedding import lives
 
 BODY_BYTES = 64 << 10
@@ -149,7 +151,15 @@ async def rollback(gateway: Gateway, request: Request, caller: Caller) -> Respon
 async def judge(gateway: Gateway, request: Request, caller: Caller) -> Response:
     named = await seen_reembedding(gateway, caller, request.path_params["id"])
     seconds = timeout_in(await _body(request, JUDGE), JUDGE_S)
-    return await lasting(gateway, gateway.client.judge_reembedding(named.id, timeout=seconds))
+    collection = await seen.collection(gateway, caller, named.collection)
+
+    async def judged() -> Reembedding:
+        tokens = await golden_tokens(gateway, collection.id, MOST_JUDGED)
+        usd = tokens * (gateway.price(named.from_model) + gateway.price(named.to_model))
+        async with gateway.limits.spending(caller, tokens=2 * tokens, usd=usd):
+            return await gateway.client.judge_reembedding(named.id, timeout=seconds)
+
+    return await lasting(gateway, judged())
 
 
 async def pause(gateway: Gateway, request: Request, caller: Caller) -> Response:

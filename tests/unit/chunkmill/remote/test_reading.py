@@ -20,6 +20,7 @@ from hypothesis import given, settings
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
+from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.costs import Cost
 from chunkmill.domain.results import (
     Attempt,
@@ -27,10 +28,14 @@ from chunkmill.domain.results import (
     DeadDetails,
     DeadEntry,
     DroppedDead,
+    Index,
     Job,
+    Keywords,
     RetriedDead,
+    SearchCounts,
     SearchHit,
     SearchPlan,
+    SearchTuning,
 )
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import GatewayUnavailable
@@ -40,7 +45,8 @@ from chunkmill.remote.reading import UnreadableAnswer, parse, read, read_vector
 from tests.support.remotes import Asked, Said, remote, scripted
 
 OF_UPKEEP = [RetriedDead, DroppedDead, DroppedCollection, DeadDetails, Attempt]
-KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk, Budget, *OF_UPKEEP]
+OF_INDEXES = [Index, Keywords, SearchCounts, SearchTuning, Comparison, ComparisonQuote]
+KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk, Budget, *OF_UPKEEP, *OF_INDEXES]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-(2**60), 2**60) | TEXT, lambda s: st.lists(s, max_size=2))
 
@@ -56,7 +62,9 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         numbers = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3)
         return numbers.map(lambda row: np.array(row, np.float32))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return st.dictionaries(TEXT, JSON if arguments[1] is Any else values_of(arguments[1]), max_size=2)
+        return st.dictionaries(
+            values_of(arguments[0]), JSON if arguments[1] is Any else values_of(arguments[1]), max_size=2
+        )
     if hint is datetime:
         return st.datetimes(timezones=st.just(UTC))
     if isinstance(hint, type) and issubclass(hint, Enum):

@@ -1,0 +1,144 @@
+"""Searches and models judged by golden queries. Workers embed these queries and texts, which counts for the key."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chunkmill.client.hybrid import MAX_JUDGED
+from chunkmill.domain.comparing import Comparison, ComparisonQuote
+from chunkmill.domain.embedded import estimated_tokens
+from chunkmill.domain.results import SearchTuning
+from chunkmill.domain.spaces import Precision
+from chunkmill.gateway import seen
+from chunkmill.gateway.asked import Query, object_in, require_known, wrong
+from chunkmill.gateway.bodies import read_body
+from chunkmill.gateway.caller import Caller, Scope
+from chunkmill.gateway.endpoint import Endpoint, Schema
+from chunkmill.gateway.gateway import Gateway
+from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
+from chunkmill.gateway.shapes import schema_of
+from chunkmill.store import golden
+
+BODY_BYTES = 64 << 10
+TUNE_S, COMPARE_S = 600.0, 3_600.0
+TUNE: Schema = {
+    "type": "object",
+    "properties": {
+        "space": {"type": "string", "description": "Another space of the collection than the active one."},
+        "timeout_s": timeout_schema(TUNE_S),
+    },
+    "additionalProperties": False,
+}
+COMPARE: Schema = {
+    "type": "object",
+    "properties": {
+        "model": {"type": "string", "description": "The model that is judged, such as `org/model@revision`."},
+        "dry_run": {
+            "type": "boolean",
+            "default": False,
+            "description": "Only say what would be embedded, and its cost.",
+        },
+        "against": {"type": ["string", "null"], "description": "Another model than that of the collection."},
+        "sample": {"type": "integer", "minimum": 1, "default": 20_000},
+        "queries": {"type": "integer", "minimum": 1, "default": MAX_JUDGED},
+        "dimensions": {"type": ["integer", "null"], "minimum": 1},
+        "precision": {"enum": [*(word.value for word in Precision), None]},
+        "max_usd": {"type": ["string", "null"], "description": "The most US dollars that it may cost."},
+        "timeout_s": timeout_schema(COMPARE_S),
+    },
+    "required": ["model"],
+    "additionalProperties": False,
+}
+
+
+async def tune(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    named = await _named(gateway, request, caller)
+    body = await _body(request, TUNE)
+    seconds, space = timeout_in(body, TUNE_S), body.get("space")
+    if space is not None and not isinstance(space, str):
+        raise wrong("space", "it must be a text")
+
+    async def tuned() -> SearchTuning:
+        tokens = await golden_tokens(gateway, named.id, MAX_JUDGED)
+        usd = tokens * gateway.price(named.model_for(session=None, space=space))
+        async with gateway.limits.spending(caller, tokens=tokens, usd=usd):
+            return await gateway.client.tune_search(named.name, timeout=seconds, space=space)
+
+    return await lasting(gateway, tuned())
+
+
+async def compare(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    named = await _named(gateway, request, caller)
+    body = await _body(request, COMPARE)
+    if "model" not in body:
+        raise wrong("model", "it is required")
+    is_quote = body.pop("dry_run", False)
+    if not isinstance(is_quote, bool):
+        raise wrong("dry_run", "it must be true or false")
+    seconds = timeout_in(body, COMPARE_S)
+    most = body.pop("max_usd", None)
+    body.pop("timeout_s", None)
+    for model in (body["model"], body.get("against")):
+        if isinstance(model, str) and not caller.may_use(model):
+            await gateway.models.find(model, caller)  # which raises unless it is another name of one that it may use
+
+    async def compared() -> Comparison | ComparisonQuote:
+        quote = await gateway.client.quote_comparison(named.name, **body)
+        if is_quote:
+            return quote
+        async with gateway.limits.spending(caller, tokens=0, usd=quote.usd or Decimal(0)) as use:
+            told = await gateway.client.compare(named.name, **body, max_usd=most, timeout=seconds)
+            use.tokens = told.old.tokens + told.new.tokens
+        return told
+
+    return await lasting(gateway, compared())
+
+
+async def golden_tokens(gateway: Gateway, collection_id: int, most: int) -> int:
+    """About how many tokens the golden queries of a collection have, of which ``most`` are judged."""
+
+    def count(conn: sa.Connection) -> int:
+        return sum(estimated_tokens(query.text) for query in golden.read(conn, collection_id, most=most))
+
+    return await seen.read(gateway, count)
+
+
+async def _named(gateway: Gateway, request: Request, caller: Caller) -> seen.VisibleCollection:
+    Query(request, ())
+    return await seen.collection(gateway, caller, request.path_params["collection"])
+
+
+async def _body(request: Request, schema: Schema) -> dict[str, Any]:
+    """The body, which may be empty."""
+    sent = await read_body(request, BODY_BYTES)
+    body = object_in(sent) if sent else {}
+    require_known(body, schema["properties"])
+    return body
+
+
+_PATH = "/v1/collections/{collection}"
+ENDPOINTS = [
+    Endpoint(
+        "POST",
+        _PATH + "/tune-search",
+        tune,
+        Scope.ADMIN,
+        "Judge searches by vectors, by keywords and by both with the golden queries, and choose.",
+        body=TUNE,
+        answer=schema_of(SearchTuning),
+    ),
+    Endpoint(
+        "POST",
+        _PATH + "/compare",
+        compare,
+        Scope.ADMIN,
+        "Judge another model on a sample of the collection, or say what that would cost.",
+        body=COMPARE,
+        answer={"anyOf": [dict(schema_of(Comparison)), dict(schema_of(ComparisonQuote))]},
+    ),
+]
