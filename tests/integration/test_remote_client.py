@@ -27,6 +27,7 @@ from chunkmill import (
     ClientClosed,
     DroppedDead,
     GatewayUnavailable,
+    InvalidChunk,
     InvalidInput,
     JobCancelled,
     JobFailed,
@@ -367,6 +368,37 @@ def test_chunks_by_id_whose_texts_are_too_much_for_one_answer_come_in_several(
     client.enqueue(list(texts.items()), collection=name)
 
     assert {chunk.id: chunk.text for chunk in client.get(name, texts).values()} == texts
+
+
+def test_an_estimate_is_that_of_a_client_and_writes_nothing(scene: GatewayScene, client: Remote, name: str) -> None:
+    scene.embed(client.enqueue([("0", f"{name} 0"), ("1", f"{name} 1")], collection=name).id)
+    chunks = [("0", f"{name} 0"), ("2", f"{name} is new"), ("3", f"{name} is new")]
+    jobs = scene.client.jobs()
+    for more in (
+        {}, {"collection": name}, {"collection": name, "replace": True}, {"on_long": "split"}, {"route": "local"},
+        {"collection": "a new collection"},
+    ):  # fmt: skip
+        told = client.estimate(chunks, **more)
+        assert told == scene.client.estimate(chunks, **more), more
+        assert (told.chunks, told.contents) == (3, 2)
+    assert (told.cached, told.to_embed) == (1, 1)
+    assert client.estimate(iter(chunks), collection=name, replace=True).deleted == 1
+    bad = [*chunks, ("4", " ")]
+    assert client.estimate(bad, on_invalid="skip") == scene.client.estimate(bad, on_invalid="skip")
+    for one in (scene.client, client):
+        with pytest.raises(InvalidChunk) as raised:
+            one.estimate(bad)
+        assert raised.value.position == 3
+        with pytest.raises(InvalidInput, match="replace needs a collection"):
+            one.estimate(chunks, replace=True)
+        with pytest.raises(UnknownModel):
+            one.estimate(chunks, model="no such model")
+    assert scene.client.jobs() == jobs
+    assert scene.client.count(name) == 2
+    with remote(client.kind, scene.running.url, DOCS_ONLY) as docs, pytest.raises(NotFound):
+        docs.estimate(chunks, collection=name)
+    with remote(client.kind, scene.running.url, SEARCH_ONLY) as search, pytest.raises(AccessDenied):
+        search.estimate(chunks)
 
 
 def test_keywords_and_indexes_are_made_and_dropped_and_the_other_collection_keeps_its_own(

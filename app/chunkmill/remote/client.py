@@ -116,6 +116,7 @@ class RemoteClient(_Remote[ThreadRunner]):
 
     search: Search = cast(Any, in_thread(Verbs.search))
     enqueue = in_thread(Verbs.enqueue)
+    estimate = in_thread(Verbs.estimate)
     job = in_thread(Verbs.job)
     jobs = in_thread(Verbs.jobs)
     wait = in_thread(Verbs.wait)
@@ -197,6 +198,7 @@ class AsyncRemoteClient(_Remote[TaskRunner]):
     embed_texts = in_loop(Verbs.embed_texts)
     search: AsyncSearch = cast(Any, in_loop(Verbs.search))
     enqueue = in_loop(Verbs.enqueue)
+    estimate = in_loop(Verbs.estimate)
     job = in_loop(Verbs.job)
     jobs = in_loop(Verbs.jobs)
     wait = in_loop(Verbs.wait)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from chunkmill.domain.arguments import (
     as_deadline,
@@ -23,6 +23,7 @@ from chunkmill.domain.arguments import (
     require_name,
 )
 from chunkmill.domain.chosen import as_replaced
+from chunkmill.domain.costs import Estimate
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, Explanation, Job, require_not_failed, still_open
 from chunkmill.domain.spaces import OnLong, Precision
@@ -36,6 +37,8 @@ from chunkmill.remote.steps import DrainStep, PauseStep, Request, Steps, TellSte
 from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENQUEUE_SECONDS = 600.0
 """How long an enqueue waits for the gateway to take the next piece, or to answer after the last one."""
@@ -85,21 +88,9 @@ class Jobs(RemoteCalls):
         key = idempotency_key or uuid.uuid4().hex
         query = {
             "collection": collection,
-            "route": as_word(Route, route, "route").value,
             "priority": as_word(Priority, priority, "priority").value,
-            "on_long": as_word(OnLong, on_long, "on_long").value,
-            "on_invalid": on_invalid,
+            **_asked_of_chunks(model, route, on_long, on_invalid, dimensions, precision, deadline, replace),
         }
-        if model is not None:
-            query["model"] = as_text("model", model)
-        if dimensions is not None:
-            query["dimensions"] = str(as_number("dimensions", dimensions, least=1))
-        if precision is not None:
-            query["precision"] = str(as_word(Precision, precision, "precision"))
-        if deadline is not None:
-            query["deadline"] = as_deadline(deadline, datetime.now(UTC)).isoformat()
-        if as_replaced(replace) is not None:
-            query["replace"] = "true" if replace is True else json.dumps(replace)
         if as_flag("allow_empty", allow_empty):
             query["allow_empty"] = "true"
         if (most_refused := as_most_refused(max_refused, skips=on_invalid == "skip")) is not None:
@@ -108,7 +99,9 @@ class Jobs(RemoteCalls):
         headers = {"content-type": "application/x-ndjson", "idempotency-key": key}
         try:
             return (
-                yield from self._send_lines(Request("POST", "/v1/jobs", ENQUEUE_SECONDS, query, headers, lines), lines)
+                yield from self._send_lines(
+                    Request("POST", "/v1/jobs", ENQUEUE_SECONDS, query, headers, lines), lines, _job
+                )
             )
         except (GatewayUnavailable, WaitTimeout) as error:
             raise type(error)(
@@ -118,8 +111,42 @@ class Jobs(RemoteCalls):
         finally:
             lines.close()
 
-    def _send_lines(self, request: Request, lines: Lines) -> Steps[Job]:
-        """The job. Attempts go on for as long as the client's timeout after the first failure.
+    def estimate(
+        self,
+        chunks: Iterable[object] | AsyncIterable[object],
+        *,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        collection: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
+        replace: bool | Mapping[str, Any] = False,
+    ) -> Steps[Estimate]:
+        """What :meth:`enqueue` with the same arguments would send, and what it would cost, as :meth:`Client.estimate`
+        says.
+
+        The chunks are sent to the gateway, which counts their tokens and writes nothing. Raises what that raises.
+        """
+        on_invalid = as_on_invalid(on_invalid)
+        query = _asked_of_chunks(model, route, on_long, on_invalid, dimensions, precision, deadline, replace)
+        if collection is not None:
+            require_name("collection", collection)
+            query["collection"] = collection
+        elif "replace" in query:
+            raise InvalidInput("replace needs a collection, from which an enqueue would delete.")
+        lines = Lines(chunks, on_invalid)
+        headers = {"content-type": "application/x-ndjson"}
+        request = Request("POST", "/v1/estimate", ENQUEUE_SECONDS, query, headers, lines)
+        try:
+            return (yield from self._send_lines(request, lines, lambda body: read(Estimate, parse(body))))
+        finally:
+            lines.close()
+
+    def _send_lines(self, request: Request, lines: Lines, reader: Callable[[bytes], T]) -> Steps[T]:
+        """What the answer holds. Attempts go on for as long as the client's timeout after the first failure.
 
         A gateway breaks off a body that comes too slowly. So the rest of the iterable is read before the second
         attempt, which then waits for nobody.
@@ -128,7 +155,7 @@ class Jobs(RemoteCalls):
         while True:
             result = yield from self._attempt(self._server, request)
             if not isinstance(result, Failure):
-                return (yield from self._read(self._server, result.body, partial(_job, result.body)))
+                return (yield from self._read(self._server, result.body, partial(reader, result.body)))
             if not result.may_repeat and not (result.is_too_slow and deadline is None):
                 raise result.error
             if deadline is None:
@@ -249,6 +276,35 @@ class Jobs(RemoteCalls):
             return Rows(read_list(Attempt, parse_object(body).get("attempts"), "attempts"), Attempt)
 
         return self._get(f"/v1/jobs/{as_number('job_id', job_id)}/attempts", reader)
+
+
+def _asked_of_chunks(
+    model: str | None,
+    route: Route | str,
+    on_long: OnLong | str,
+    on_invalid: str,
+    dimensions: int | None,
+    precision: Precision | str | None,
+    deadline: datetime | timedelta | float | None,
+    replace: bool | Mapping[str, Any],
+) -> dict[str, str]:
+    """The arguments that an enqueue and an estimate have in common, as they stand in an address."""
+    query = {
+        "route": as_word(Route, route, "route").value,
+        "on_long": as_word(OnLong, on_long, "on_long").value,
+        "on_invalid": on_invalid,
+    }
+    if model is not None:
+        query["model"] = as_text("model", model)
+    if dimensions is not None:
+        query["dimensions"] = str(as_number("dimensions", dimensions, least=1))
+    if precision is not None:
+        query["precision"] = str(as_word(Precision, precision, "precision"))
+    if deadline is not None:
+        query["deadline"] = as_deadline(deadline, datetime.now(UTC)).isoformat()
+    if as_replaced(replace) is not None:
+        query["replace"] = "true" if replace is True else json.dumps(replace)
+    return query
 
 
 def _job(body: bytes) -> Job:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import sqlalchemy as sa
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from chunkmill.domain.costs import Estimate
 from chunkmill.domain.results import Attempt, DeadEntry, Explanation, Job
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Priority, Route
@@ -60,6 +61,9 @@ ENQUEUE: dict[str, Schema] = {
         "are more, nothing is written.",
     },
 }
+ESTIMATE: dict[str, Schema] = {
+    name: schema for name, schema in ENQUEUE.items() if name not in ("priority", "allow_empty", "max_refused")
+}
 LISTED: dict[str, Schema] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 20},
     "before": {"type": "integer", "description": "Only jobs with a smaller id: the `next` of the page before."},
@@ -82,9 +86,7 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
     name = await seen.collection_to_fill(gateway, caller, query.required("collection"))
     dimensions, precision = query.number("dimensions", least=1), query.text("precision")
     model = await _model(gateway, caller, query.text("model"), dimensions, precision)
-    skips = query.text("on_invalid") == "skip"
-    if query.text("on_invalid") not in (None, "raise", "skip"):
-        raise wrong("on_invalid", "it must be raise or skip")
+    skips = _on_invalid(query) == "skip"
     key = _stored_key(caller, request.headers.get("idempotency-key"))
     if key is not None and caller.collections is not None:
         await _require_own_key(gateway, caller, key)
@@ -119,6 +121,42 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 refusal.message = f"{refusal.message} {await _kept(gateway, key, skips=True)}"
             raise
     return answer(_shown(caller, job), headers={"location": path_to("/v1/jobs/{id}", {"id": job.id})})
+
+
+async def estimate(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    """What an enqueue of the body would do. It is read no faster than its texts are counted."""
+    query = Query(request, ESTIMATE)
+    name = query.text("collection")
+    if name is not None:
+        name = await seen.collection_to_fill(gateway, caller, name)
+    dimensions, precision = query.number("dimensions", least=1), query.text("precision")
+    lines = ChunkLines(request, skips=(on_invalid := _on_invalid(query)) == "skip")
+    with gateway.streams.one_more():
+        try:
+            estimated = await gateway.client.estimate(
+                lines.chunks(),
+                collection=name,
+                model=await _model(gateway, caller, query.text("model"), dimensions, precision),
+                route=query.text("route") or Route.AUTO,
+                on_long=query.text("on_long") or OnLong.TRUNCATE,
+                on_invalid=on_invalid,
+                dimensions=dimensions,
+                precision=precision,
+                deadline=query.deadline("deadline"),
+                replace=_replaced(query),
+            )
+        except InvalidChunk as error:
+            raise refused_line(lines.line_of(error.position), error.problem) from None
+        except ClientDisconnect:
+            raise Refusal(400, "body_incomplete", "the body ended early. Send it again.") from None
+    return answer(estimated)
+
+
+def _on_invalid(query: Query) -> Literal["raise", "skip"]:
+    given = query.text("on_invalid")
+    if given not in (None, "raise", "skip"):
+        raise wrong("on_invalid", "it must be raise or skip")
+    return "skip" if given == "skip" else "raise"
 
 
 async def _model(
@@ -316,6 +354,17 @@ ENDPOINTS = [
         body_media_type="application/x-ndjson",
         answer=_JOB,
         parameters=ENQUEUE,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/estimate",
+        estimate,
+        Scope.ADMIN,
+        "Say what an enqueue of the body would embed, and what it would cost on each route.",
+        body=CHUNK,
+        body_media_type="application/x-ndjson",
+        answer=schema_of(Estimate),
+        parameters=ESTIMATE,
     ),
     Endpoint(
         "GET",

@@ -99,7 +99,6 @@ NOT_REMOTE = {
 """What needs more than an answer to a request."""
 NOT_YET = {
     "bridge, bridges, drop_bridge": "no key can pay for the texts of a bridge, which nobody counts before",
-    "estimate": "the gateway has no counterpart of it for a body of chunks",
 }
 """What a gateway could do and does not do yet."""
 
