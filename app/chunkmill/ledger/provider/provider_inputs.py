@@ -185,7 +185,8 @@ def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: 
             WHERE provider_batch_id = :id AND request_no > :after AND request_no <= :last
             ORDER BY request_no, position
         """),
-        # The sum is not Postgres's, to which psycopg sends small numbers as smallints.
+        # The sum is made here and not in Postgres, because psycopg sends small numbers as smallints, and their sum
+        # could overflow.
         {"id": provider_batch_id, "after": after, "last": after + limit},
     )
     return [_in_flight(row) for row in rows]
@@ -306,7 +307,7 @@ def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, UnansweredR
 def remove_answered(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> int:
     """Take out of flight what a plain request of an attempt was answered; returns how many contents those are.
 
-    It leaves what another attempt has taken over, which will have an answer of its own.
+    It leaves contents that another attempt has taken over, because they get an answer of their own.
     """
     result = conn.execute(
         sa.text("""
