@@ -247,9 +247,9 @@ def texts(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, str]:
 
 
 def mark_sent(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> None:
-    """Note which contents are in the plain request that an attempt is about to send. It sends one at a time.
+    """Note which contents are in the plain request that an attempt is about to send. It sends one request at a time.
 
-    In a plain request, ``request_no`` is 1 for what was sent and is not accounted for, and else 0.
+    For its contents, ``request_no`` is 1 if they were sent and are not accounted for, and otherwise 0.
     """
     conn.execute(
         sa.text("""
