@@ -24,7 +24,7 @@ ASIDE_SHARE, FEW_ASIDE, MOST_ASIDE = 0.1, 64, 500
 RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
 """The ridges that are tried, as multiples of the mean variance of a direction."""
 EARNED = 0.002
-"""So much more of the neighbours a less cautious map has to find, or it is passed over."""
+"""A less cautious map is chosen only if the share of the neighbours that it finds is larger by more than this."""
 RANKS = (16, 64, 256)
 """The ranks that are tried, if they are below both dimensions."""
 HIDDEN = 256

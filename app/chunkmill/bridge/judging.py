@@ -14,7 +14,7 @@ from chunkmill.system.numbers import NDArray, np
 DEPTH = 10
 FOLDS = 5
 BLOCK = 4_000_000
-"""So many cosines are in memory at once."""
+"""How many cosines are in memory at once."""
 MIN_QUERIES = 50
 """The bounds of fewer queries are too sure of themselves."""
 

@@ -16,12 +16,12 @@ from chunkmill.cli.output import Screen, json_option
 def backup(screen: Screen, file: Path) -> None:
     """Write everything that Chunkmill has in Postgres into FILE.
 
-    The backup is of one moment, and everybody works on meanwhile. It holds texts, vectors, jobs and the digests of
-    keys, so only you can read the file. It does not hold what is made again by itself: serving indexes and views.
-    An existing FILE is never replaced. Redis needs no backup.
+    The backup is the state of one moment. Producers and workers go on meanwhile. The file holds texts, vectors, jobs
+    and the digests of keys, so only you can read it. It does not hold serving indexes and views, which are made again
+    automatically. An existing FILE is never replaced. Redis needs no backup.
 
-    It needs pg_dump of the server's version or a later one; those that come with the embedded stack are found by
-    themselves, and so are those of your system.
+    It needs pg_dump of the server's version or a later one; the command finds those of the embedded stack and those of
+    your system.
     """
     from chunkmill.cli.archives import write_backup
 

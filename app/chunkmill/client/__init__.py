@@ -36,7 +36,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 _mutex = threading.Lock()
-"""Held while it is decided which of several threads closes a client."""
+"""Held while a thread decides whether it is the one that closes a client."""
 renew_in_child(sys.modules[__name__], "_mutex")
 
 
@@ -49,9 +49,9 @@ class Client(
     no connection meanwhile, so any number of threads may wait. Ten calls at a time have a connection: an enqueue and an
     estimate keep theirs while they read their chunks, and all other calls for their transactions. A call that gets none
     within 30 s raises :class:`StoreUnavailable`. One further connection, which all clients of the process to the same
-    database share, listens for the answers of workers: from the first call that waits for one until none has waited
-    for 30 s, or all these clients are closed. Another one hears in the same way when jobs end. An iterable or a
-    function that is given to a call runs in the thread of that call. Close the client when no call runs any more.
+    database share, listens for the answers of workers: from the first call that waits for one until none has waited for
+    30 s, or all these clients are closed. A second connection listens in the same way for the ends of jobs. An iterable
+    or a function that is given to a call runs in the thread of that call. Close the client when no call runs any more.
     :class:`AsyncClient` is for asyncio.
 
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes
@@ -80,7 +80,7 @@ class Client(
     def __init__(
         self, *made: Any, database_url: str | None = None, redis_url: str | None = None, **settings: object
     ) -> None:
-        # The parts of Chunkmill that have connections of their own, such as the gateway, hand them over.
+        # Parts of Chunkmill that already have connections, such as the gateway, pass them in.
         super().__init__(*(made or _connected(database_url, redis_url, settings)))
         self._is_left = False
 
@@ -111,7 +111,7 @@ class Client(
     def close(self) -> None:
         """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it.
 
-        To close a client again does nothing.
+        Closing a client again does nothing.
         """
         self._closing.set()
         with _mutex:
@@ -123,7 +123,7 @@ class Client(
         self._futures.close()
         ends_of(self._db).leave(self._db)
         sockets.leave(self._db)
-        # A connection that a call of another thread has comes back to this pool when the call ends.
+        # If a call of another thread still uses a connection, this pool gets it back when that call ends.
         sa.event.listen(self._db.pool, "checkin", _close_connection)
         self._db.dispose()
         self._broker.close()
@@ -136,7 +136,7 @@ def _close_connection(connection: object, entry: sa.pool.ConnectionPoolEntry) ->
 def _connected(
     database_url: str | None, redis_url: str | None, settings: dict[str, object]
 ) -> tuple[sa.Engine, Broker, Settings]:
-    """Connections to the servers that the arguments mean, of which Postgres was asked whether it can serve."""
+    """Connections to the servers that the arguments name. Postgres was asked whether this release can use it."""
     addresses = {"database_url": database_url, "redis_url": redis_url}
     given: dict[str, Any] = settings | {name: url for name, url in addresses.items() if url is not None}
     environment = Environment.load(**given)

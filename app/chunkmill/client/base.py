@@ -34,14 +34,16 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 QUIET_SECONDS = 10.0
-"""How long the client stays quiet after it could not ring, because each try may take seconds to fail."""
+"""How many seconds the client does not try to ring after it could not, because each try may take seconds to fail."""
 
 
 class ClientPart:
     """The base of the client's parts: its connections, its transactions and its doorbells."""
 
     def __init_subclass__(cls) -> None:
-        """Every public method of a part is called through the door."""
+        """Wrap every public method of a part, so that it raises only errors of Chunkmill
+        (:mod:`chunkmill.client.door`).
+        """
         super().__init_subclass__()
         for name, member in list(vars(cls).items()):
             if inspect.isfunction(member) and not name.startswith("_") and name != "close":
@@ -61,8 +63,8 @@ class ClientPart:
         )
 
     def _require_open(self) -> None:
-        """Raise :class:`ClientClosed` if the client is closed. A call that runs looks before each transaction, because
-        the pool would make new connections for it."""
+        """Raise :class:`ClientClosed` if the client is closed. A running call checks this before each transaction,
+        because the pool would make new connections for it."""
         if self._closing.is_set():
             raise ClientClosed(
                 "the client is closed. Make another one; one client serves all threads of a process, and is closed "
@@ -92,8 +94,8 @@ class ClientPart:
     ) -> registry.Space:
         """The space that the arguments describe. It is registered if it is new.
 
-        One that this process knows is not looked for again, so it may have been dropped meanwhile. Whoever uses it
-        looks whether it is still there, and calls :func:`forget_space` if it is not.
+        A space that this process knows is not looked up again, so it may have been dropped meanwhile. Code that uses it
+        checks whether it is still there, and calls :func:`forget_space` if it is not.
         """
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         known = known_spaces(self._db)

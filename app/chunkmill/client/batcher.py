@@ -42,12 +42,13 @@ class Batcher:
     that is wrong raises :class:`InvalidChunk` at once, and the batcher goes on. A thread of the batcher enqueues, and
     all threads may add. A call waits while as many chunks as make a batch are being enqueued and as many wait.
 
-    What was added is enqueued, or is still here. If Postgres cannot be used, the thread tries again, and a call that
-    finds no room raises :class:`StoreUnavailable` after ``timeout`` seconds, without having taken its chunk. An error
-    that trying again does not change, such as :class:`BudgetExceeded`, is raised by the next call and by each further
-    one; :meth:`flush` tries once more. The end of the ``with`` block enqueues what waits and raises what keeps it from
-    that. :meth:`rest` then returns the chunks that were not enqueued. Without ``with``, call :meth:`close`: a process
-    that ends before loses what waits. A child process that is forked begins with an empty batcher.
+    No chunk is lost: what was added is either enqueued or still in the batcher. If Postgres cannot be used, the thread
+    tries again, and a call that finds no room raises :class:`StoreUnavailable` after ``timeout`` seconds, without
+    having taken its chunk. An error that trying again does not change, such as :class:`BudgetExceeded`, is raised by
+    the next call and by each further one; :meth:`flush` tries once more. The end of the ``with`` block enqueues what
+    waits and raises what keeps it from that. :meth:`rest` then returns the chunks that were not enqueued. Without
+    ``with``, call :meth:`close`: a process that ends before loses what waits. A child process that is forked begins
+    with an empty batcher.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class Batcher:
         self._error: Exception | None = None
         self._try_at = 0.0
         self._wanted = 0
-        """So many chunks of all that were added are to be enqueued now, though their batch is not full."""
+        """The first this many of all chunks that were added are to be enqueued now, although their batch is not
+        full."""
         self._is_closed = self._is_over = False
         self._signals: list[Signal] = []
         self._jobs: deque[int] = deque(maxlen=KEPT_JOBS)
@@ -154,7 +156,7 @@ class Batcher:
             yield WaitStep(signal, left)
 
     def _read(self, chunk: object, text: str | None, metadata: Mapping[str, Any] | None) -> tuple[object, int]:
-        """A copy of the chunk that nobody else changes, and its size in bytes. Raises :class:`InvalidChunk`."""
+        """A copy of the chunk that the caller cannot change, and its size in bytes. Raises :class:`InvalidChunk`."""
         given = chunk if text is None and metadata is None else (chunk, text, metadata)
         try:
             prepared = prepare(given, self._added)

@@ -93,7 +93,7 @@ class JobsBeside:
         self._jobs = self._written
 
     def seal(self) -> None:
-        """Let the jobs end, each in its own time: the producer's job does not wait for them."""
+        """Seal the jobs. Each ends by itself: the producer's job does not wait for them."""
         for space_id, job in self._jobs.items():
             if job is not None:
                 with self._conn.begin():

@@ -29,9 +29,9 @@ MAX_SAMPLE = 50_000
 MAX_QUERIES = 5_000
 """The most queries that judge a bridge. Their bounds are then about ±0.005."""
 WINDOW = 256
-"""So many texts are read and asked for at once."""
+"""How many texts are read and embedded at a time."""
 TITLES_SHARE = 4
-"""At most one text in so many is asked for by its title, and then not learnt from."""
+"""At most one text in this many is asked for by its title, and then not learnt from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Bridges(Vectors):
         own model cannot be asked, or in which a migration to ``model`` is under way. It ends by itself when the
         collection leaves its space, and ``search(bridge=model)`` then searches the new one.
 
-        Up to ``sample`` stored texts are learnt from, which chance chooses. Those without a vector of ``model`` are
+        It is learnt from up to ``sample`` stored texts, chosen at random. Those without a vector of ``model`` are
         embedded now, which costs money if it is a paid model; these vectors are not stored. Up to ``queries`` golden
         queries, or else titles of chunks, choose among three kinds of adapter and measure what is lost against a full
         re-embedding; their answers are not learnt from. With ``compare_old`` they are also asked with the collection's
@@ -151,7 +151,8 @@ class Bridges(Vectors):
     ) -> _Sample:
         """Choose queries and texts, and have those of the texts embedded that have no vector in the new space."""
         with self._transaction() as conn:
-            # It may have been dropped since this process registered it, and is held while its vectors are read.
+            # The space may have been dropped since this process registered it. It is held here, so that it is not
+            # dropped while its vectors are read.
             new = registry.register_and_hold(conn, new.spec, storage=self._settings.vector_storage)
             sampled = pairs.sample(conn, old, collection.id, most)
             asked, queries_from = _questions(conn, collection, old, most_queries, n_texts=len(sampled))
@@ -248,7 +249,7 @@ def _questions(
 ) -> tuple[list[_GradedQuery], str]:
     """The queries that judge, and what they are: golden queries that are not titles, or titles if there are too few.
 
-    Their answers have a vector in the space. So many are taken that half of the texts, at least, are no answers.
+    Their answers have a vector in the space. Only as many are taken that at least half of the texts are no answers.
     """
     given = golden.read(conn, collection.id, most=most) if keywords.are_kept(conn) else []
     queries: Sequence[GoldenQuery] = [query for query in given if not query.is_title]

@@ -42,7 +42,7 @@ PAGE = 5_000
 MAX_BATCH_SIZE = 100_000
 """The most vectors of one batch, which is in memory."""
 TRIES = 8
-"""How often a page is read, or a step written, while Postgres is away: for about 20 seconds."""
+"""How often reading a page, or writing a step, is tried while Postgres is away: for about 20 seconds."""
 SPOOL_BYTES = 1 << 20
 """How much of the list of chunks to delete stays in memory. The rest is written to an unnamed file."""
 
@@ -236,11 +236,11 @@ class Chunks(ClientPart):
 
         The name says the format: ``.parquet``, which needs the extra ``parquet``, or JSON lines, ``.jsonl`` and
         ``.ndjson``, also with ``.gz``. A chunk has the fields ``id``, ``text``, ``metadata`` (in Parquet as JSON text),
-        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. What holds for
-        :meth:`chunks` while others write holds here. The file gets its name once it is complete, and an existing file
-        is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of all.
-        ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what :meth:`chunks`
-        raises.
+        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. If others write
+        meanwhile, the same holds as for :meth:`chunks`. The file gets its name once it is complete, and an existing
+        file is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of
+        all. ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what
+        :meth:`chunks` raises.
         """
         target = as_path("path", path)
         overwrite = as_flag("overwrite", overwrite)
@@ -299,7 +299,7 @@ class Chunks(ClientPart):
             yield take(size)
 
     def _named(self, collection: str) -> Collection:
-        """The collection alone: its space may be one of a newer release, which this one cannot read."""
+        """The collection without its space, which may be of a newer release that this one cannot read."""
         require_name("collection", collection)
         with self._transaction() as conn:
             return collections.find(conn, collection)

@@ -42,13 +42,13 @@ from chunkmill.system.numbers import NDArray, np
 MAX_SAMPLE = 1_000_000
 """The most texts of a sample."""
 WINDOW = 512
-"""So many texts are in memory at a time, which are as many as one call has open at workers."""
+"""How many texts are in memory at a time. One call has as many open at workers."""
 TIMED = 50
-"""So many queries are embedded alone in both models, one after the other."""
+"""How many queries are embedded alone in both models, one after the other."""
 CALLER = "compare"
 """Workers share their time between callers, so that a comparison takes no more than its part of it."""
 MADE_QUERIES = 500
-"""How many titles are asked if the collection has no golden queries."""
+"""How many titles serve as queries if the collection has no golden queries."""
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class _Plan:
     old: _Model
     new: _Model
     questions: list[Question]
-    """Their grades are by the number of a content in the sample, as a text."""
+    """Their grades are keyed by the number of a content in the sample, written as a text."""
     relevant: list[bytes]
     """The content hashes with the first numbers of the sample."""
     sample: int
@@ -107,11 +107,12 @@ class Comparisons(HybridSearch):
     ) -> Comparison:
         """Judge ``model`` against the model of a collection, or against ``against``, on a sample of the collection.
 
-        The golden queries of the collection are asked in both models, at most ``queries`` of them; if there are none,
-        first lines and sentences of chunks are, each of which asks for the rest of its chunk. The sample has the
-        relevant texts and others that chance chooses, ``sample`` in all. Workers embed what has no vector yet, as they
-        answer any other request, and nothing is stored. A worker must serve each model. Memory does not grow with the
-        sample, but for 100 bytes a text. ``on_progress`` is called with the number of texts that were compared so far.
+        The golden queries of the collection are asked in both models, at most ``queries`` of them. If there are none,
+        first lines and sentences of chunks serve as queries, each of which asks for the rest of its chunk. The sample
+        has the relevant texts and others chosen at random, ``sample`` in all. Workers embed what has no vector yet, as
+        they answer any other request, and nothing is stored. A worker must serve each model. For each text of the
+        sample, memory grows by only about 100 bytes. ``on_progress`` is called with the number of texts that were
+        compared so far.
 
         A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
         sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no
@@ -254,7 +255,7 @@ class Comparisons(HybridSearch):
         for rule_index, rule in enumerate(rules):
             if rule is not None:
                 asked = [question.text for question in plan.questions]
-                # Those that are timed are embedded alone, and are sent once all the same.
+                # Queries that are timed are embedded alone, and are still sent only once.
                 asked += [question.rest for question in plan.questions if question.rest is not None]
                 tokens[rule_index] += rule([(b"", text) for text in asked])[0]
         for window in self._sample(plan):
@@ -323,8 +324,8 @@ class Comparisons(HybridSearch):
     def _compare_sample(
         self, plan: _Plan, deadline: float, on_progress: Callable[[int], object] | None
     ) -> tuple[tuple[Nearest, Nearest], int, set[int]]:
-        """What of the sample is nearest to the queries in both models, how many texts were compared, and the numbers of
-        those that one of the models could not embed."""
+        """The texts of the sample that are nearest to the queries in both models, how many texts were compared, and the
+        numbers of those that one of the models could not embed."""
         most_graded = max(len(question.grades) for question in plan.questions)
         old, new = (Nearest(one.queries, DEEP + most_graded) for one in plan.models)
         first, refused = 0, set[int]()

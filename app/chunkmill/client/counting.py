@@ -1,8 +1,8 @@
 """Counts the searches of each space in this process, and writes them to Postgres now and then.
 
-A search only adds to a number in memory. A thread writes what came together every few seconds, as one statement, and
-ends when nothing comes any more. What was not written when the process ends is lost: these are numbers to compare two
-spaces by, and no bill.
+A search only adds to a number in memory. A thread writes the counts every few seconds, as one statement, and ends when
+no more searches come. What was not written when the process ends is lost: these are numbers to compare two spaces by,
+and no bill.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 WRITE_SECONDS = 5.0
 """How long counts stay in memory."""
 QUIET_ROUNDS = 6
-"""After so many rounds without a search the thread ends. The next search begins another one."""
+"""After this many rounds without a search the thread ends. The next search begins another one."""
 MOST_KEPT = 10_000
-"""How many numbers are kept while Postgres cannot be written."""
+"""How many counts are kept while nothing can be written to Postgres."""
 
 
 class EngineCounts:
@@ -41,7 +41,7 @@ class EngineCounts:
         self._was_refused = False
 
     def answered(self, db: sa.Engine, collection_id: int, space_id: int, seconds: float) -> None:
-        """Count a search that was answered after so many seconds."""
+        """Count a search that was answered after ``seconds``."""
         self._add(db, collection_id, space_id, bucket_of(seconds))
 
     def failed(self, db: sa.Engine, collection_id: int, space_id: int) -> None:

@@ -1,4 +1,5 @@
-"""The client's door: whatever Postgres or its driver raises inside leaves as an error of ours."""
+"""Translates errors at the edge of the client: whatever Postgres or its driver raises inside leaves as an error of
+ours."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ from chunkmill.ledger.jobs.finish import ENDED_CHANNEL, tells_of_ends
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 2.0
-"""How long the listener waits for a notification of its own before it takes it that none will come."""
+"""How many seconds the listener waits for a notification to itself before it concludes that none arrive."""
 FIRST_REST_S, LONGEST_REST_S = 2.0, 30.0
-"""After how long a call looks at its job although it heard of nothing, at first and later. It also looks then whether
-something hinders the job."""
+"""After how many seconds a call reads its job although it heard of nothing, at first and later. It then also checks
+whether something hinders the job."""
 IDLE_SECONDS = 30.0
 """How long the listener stays when no call waits any more."""
 RECONNECT_SECONDS = 1.0
@@ -48,7 +48,9 @@ AWAY_SECONDS = 60.0
 
 
 class Watch:
-    """What one call that waits for jobs hears. Make it before the look after which it is to hear."""
+    """Gives a signal when a job ends for which one call waits. Make it before the call reads the jobs, so that no end
+    is missed.
+    """
 
     def __init__(self, ends: Ends, job_ids: Sequence[int]) -> None:
         self._ends = ends
@@ -57,12 +59,12 @@ class Watch:
         self._rest = FIRST_REST_S
 
     def look(self) -> None:
-        """Call it before each look at the jobs: what ends from here on gives the signal anew."""
+        """Call it each time before the jobs are read: every end from here on gives the signal anew."""
         if self.signal.is_given:
             self.signal = Signal()
 
     def wait(self, pause: float) -> WaitStep:
-        """The wait until a job ends. It lasts ``pause`` seconds if ends are not heard of."""
+        """The step that waits until a job ends. If no notifications arrive, it lasts ``pause`` seconds."""
         if not self._ends.are_heard:
             return WaitStep(self.signal, pause)
         rest, self._rest = self._rest, min(LONGEST_REST_S, 2 * self._rest)
@@ -90,13 +92,13 @@ class JobWatch:
         return self._watch is not None
 
     def look(self) -> None:
-        """Call it before each look at the job."""
+        """Call it each time before the job is read."""
         if self._watch is not None:
             self._watch.look()
 
     def wait(self, pause: float, deadline: float | None, *, is_watched: bool) -> WaitStep:
-        """The wait until the next look, no longer than the deadline. It lasts ``pause`` seconds if nobody tells of the
-        end, or if somebody watches how the job gets on.
+        """The step that waits until the job is to be read again, no longer than the deadline. It lasts ``pause``
+        seconds if no notifications arrive, or if the caller wants to see the progress.
         """
         if self._watch is None:
             ends = ends_of(self._db)
@@ -299,7 +301,7 @@ class Futures:
         return future
 
     def close(self) -> None:
-        """Let all of them raise :class:`ClientClosed`."""
+        """Make all of them raise :class:`ClientClosed`."""
         with self._mutex:
             left, self._futures = self._futures, {}
             if self._watch is not None:

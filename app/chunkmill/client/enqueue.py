@@ -43,9 +43,10 @@ logger = logging.getLogger(__name__)
 
 DEADLOCK_TRIES = 5
 MAX_WINDOW_BYTES = 32 * 1024 * 1024
-"""The most text and metadata of one window. It bounds the producer's memory."""
+"""The most bytes of text and metadata in one window. It bounds the producer's memory."""
 PATIENCE_S = 5.0
-"""How long the first chunk of a window waits for others, because workers could embed it meanwhile."""
+"""How many seconds the first chunk of a window waits for others. It is short because workers could embed the chunk
+meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class EnqueueRequest:
     job_id: int | None = None
     """The number of the job, if it comes from the outbox."""
     traceparent: str | None = None
-    """The trace of whoever wrote it there."""
+    """The trace of the producer that wrote it there."""
 
 
 def enqueue(
@@ -93,10 +94,10 @@ def enqueue(
 ) -> int:
     """Commit the chunks to a job, window by window, and return the job's id.
 
-    ``ring`` is called after each commit, with the connection between two transactions. ``quote`` says from the whole
-    stream what the job will cost, which is reserved for the key that begins it. Raises :class:`InvalidChunk` with
-    nothing written, unless bad chunks are skipped, :class:`TooManyRefused`, and :class:`InvalidInput` if chunks are to
-    be deleted and the stream does not say all ids that the source has.
+    ``ring`` is called after each commit, with the connection between two transactions. ``quote`` computes from the
+    whole stream what the job will cost. The amount is reserved for the key that begins the job. Raises
+    :class:`InvalidChunk` with nothing written, unless bad chunks are skipped, :class:`TooManyRefused`, and
+    :class:`InvalidInput` if chunks are to be deleted and the stream does not say all ids that the source has.
     """
     with contextlib.ExitStack() as stack:
         prepared: Iterable[PreparedChunk | InvalidChunk] = (
@@ -158,9 +159,10 @@ def _require_whole(request: EnqueueRequest, source: Spool) -> None:
 
 
 def _end_deletions(conn: sa.Connection, request: EnqueueRequest, job: jobs.OpenedJob, replacement: Replacement) -> None:
-    """Delete what a call with the same key that died has left, and no chunk that anybody has named since it began.
+    """Go on with the deletions of a call with the same key that died. A chunk that another enqueue has named since that
+    call began is kept.
 
-    Raises :class:`InvalidInput` if that is not known of each chunk.
+    Raises :class:`InvalidInput` if it is not known which chunks those are.
     """
     with conn.begin():
         deletions = streams.deletions_of(conn, job.id)
@@ -182,7 +184,7 @@ def _require_same_stream(
 ) -> None:
     """Raise :class:`InvalidInput` if the job of the key was enqueued with other chunks."""
     with conn.begin():
-        # The outbox first: what is delivered between the two looks is seen by the second one.
+        # The outbox is read first, so that a job that is delivered between the two queries is found by the second one.
         in_outbox = outbox.digest_of(conn, job.id) if outbox.is_kept(conn) else None
         kept = streams.digest_of(conn, job.id) or in_outbox
     require_same_chunks(request, job.id, kept, prepared)
@@ -220,8 +222,8 @@ def _open(
 ) -> tuple[Collection | None, jobs.OpenedJob, Space]:
     """The job, its space, and the collection if this call is to enqueue into it: it has the job's producer lock then.
 
-    All is decided in one transaction: a prune between the look for a key and the making of its job would leave a job
-    that is complete without a chunk.
+    All of this is one transaction, because a prune between the search for the key and the creation of its job would
+    leave a job that is complete without a chunk.
     """
     with conn.begin():
         if request.job_id is not None:
@@ -260,7 +262,8 @@ def _open(
             if job.is_new:
                 spends.begin(conn, job_id=job.id, usd=usd)
         traces.keep(conn, job.id, request.traceparent or tracing.traceparent())
-        # In the job's own transaction, so that a job that can be seen has its producer's lock.
+        # The lock is taken in the transaction that makes the job, so that every job that others can see has its
+        # producer's lock.
         if not jobs.hold_producer_lock(conn, job.id):
             return None, job, space
         try:
@@ -283,7 +286,7 @@ def _existing(conn: sa.Connection, request: EnqueueRequest, space: Space) -> job
         return jobs.of_id(conn, request.job_id)
     if request.idempotency_key is None:
         return None
-    # The outbox first: a job that is delivered between the two looks is seen by the second one.
+    # The outbox is read first, so that a job that is delivered between the two queries is found by the second one.
     held = outbox.of_key(conn, request.idempotency_key) if outbox.is_kept(conn) else None
     job = jobs.of_key(
         conn,
@@ -378,8 +381,8 @@ class _Producer:
     ) -> bool:
         """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued.
 
-        The collection may have come to another space, or left one, since the last window. What it has at this moment it
-        has until the commit, so that no window that is written for one set of spaces is committed under another.
+        The collection may have come to another space, or left one, since the last window. Its spaces are locked until
+        the commit, so that no window that was written for one set of spaces is committed under another.
         """
         conn, request, job = self.conn, self.request, self.job
         lives = others.hold(conn, self.collection.id)
@@ -409,7 +412,7 @@ class _Producer:
         shared = chunk_batches.SharedFields(
             job.id, self.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )
-        if self.space.id in lives.ids:  # else nobody would find the vectors
+        if self.space.id in lives.ids:  # otherwise no search would find the vectors
             chunk_batches.add(
                 conn,
                 shared,

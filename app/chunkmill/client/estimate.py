@@ -84,7 +84,7 @@ def estimate(
 
 
 def _beside(conn: sa.Connection, settings: Settings, name: str) -> list[_Count]:
-    """A count for each other space of a collection, which the enqueue fills too."""
+    """One count for each other space of the collection, because the enqueue fills it too."""
     collection = collections.resolve(conn, name)
     lives = others.of(conn, collection.id).others if collection is not None else {}
     made = []
@@ -156,7 +156,7 @@ class _Count:
 
     def add_tokens(self, contents: Sequence[tuple[bytes, str]]) -> None:
         """Count the tokens of contents that must be sent."""
-        counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
+        counted: dict[object, tuple[int, int]] = {}  # both paid lanes count tokens in the same way
         for counter in self._counters:
             counter.add(contents, counted)
 

@@ -29,9 +29,9 @@ from chunkmill.system.numbers import NDArray, np
 MAX_GOLDEN = 100_000
 """The most golden queries of a collection."""
 MAX_JUDGED = 2_000
-"""The most queries that are judged in one call, which chance chooses. The bounds of a gain are then about ±0.008."""
+"""The most queries that are judged in one call, chosen at random. The bounds of a gain are then about ±0.008."""
 LOOK_S = 0.2
-"""How many seconds pass until somebody who waits for another one's filling looks again."""
+"""How many seconds pass between two checks whether another process has filled in the keywords."""
 
 
 class HybridSearch(Vectors):
@@ -78,7 +78,7 @@ class HybridSearch(Vectors):
     def drop_keywords(self, collection: str) -> bool:
         """Delete the keywords of a collection, and what its golden queries chose. Returns whether there were any.
 
-        Its searches then go by vectors alone. Raises :class:`NotFound`.
+        Its searches then use vectors alone. Raises :class:`NotFound`.
         """
         require_name("collection", collection)
         with self._transaction() as conn:
@@ -96,11 +96,11 @@ class HybridSearch(Vectors):
     def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
-        Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
-        report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
-        queries are judged, which chance chooses, and a worker embeds them. What was chosen holds for one space:
-        ``space`` names another one of the collection than the active one, as in :meth:`search`, for example before the
-        collection moves to it.
+        If mixing is better even at the lower bound of its confidence interval, searches are mixed from then on;
+        otherwise they use vectors alone. The report says why. Call it again when the collection, its space or its
+        golden queries have changed. At most 2,000 queries are judged, chosen at random, and a worker embeds them. The
+        choice holds for one space: ``space`` names another one of the collection than the active one, as in
+        :meth:`search`, for example before the collection moves to it.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -146,7 +146,7 @@ class HybridSearch(Vectors):
     ) -> tuple[mixing.Scores, float]:
         """nDCG@10 of one query for each alpha, and that of reciprocal rank fusion.
 
-        ``stands_in`` is what stands for the relevant chunks of a title: what follows it, and the vector of that.
+        For a title, ``stands_in`` replaces the relevant chunks: it has the text that follows the title, and its vector.
         """
         grades = question.grades
         with self._transaction() as conn:
@@ -208,8 +208,8 @@ class GoldenQueries(ClientPart):
         """Make up to ``n`` golden queries of titles, in place of those made before. Returns how many there are.
 
         The query is the first line or sentence of a chunk, and the chunk is its answer. When it is judged, the title is
-        cut off the chunk, which is searched by the rest. Chance chooses the chunks. Raises :class:`NotFound`, and
-        :class:`InvalidInput` if no chunk has a title with enough text below.
+        removed from the chunk, and only the rest of the chunk is searched. The chunks are chosen at random. Raises
+        :class:`NotFound`, and :class:`InvalidInput` if no chunk has a title with enough text below.
         """
         most = as_number("n", n, least=1, most=MAX_GOLDEN)
         with self._transaction() as conn:

@@ -52,9 +52,11 @@ from chunkmill.telemetry.progress import JobProgress
 logger = logging.getLogger(__name__)
 
 HINDRANCE_SECONDS = 2.0
-"""How often `wait` looks for what hinders the job. The look reads its open ChunkBatches and who is connected."""
+"""How many seconds pass between two checks of `wait` for what hinders the job. A check reads the job's open
+ChunkBatches and who is connected."""
 CANCEL_TRIES = 5
-"""How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
+"""How often each transaction of a cancel is tried, within three seconds in all, because a deadlock or a failover may
+end it."""
 
 
 class Jobs(ClientPart):
@@ -227,13 +229,13 @@ class Jobs(ClientPart):
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
-        Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
-        If Postgres goes away while this waits, it waits for Postgres too; after a minute without it, it raises
+        Postgres notifies of the end, so the job need not be read often: without ``on_progress`` it is read once in 30
+        s. If Postgres goes away while this waits, it waits for Postgres too; after a minute without it, it raises
         :class:`StoreUnavailable`. ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else
         as a line every 5 s.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
+        something hinders the job and waiting alone does not help: a ChunkBatch failed or waits for another kind of
         worker, its lane is stopped, no poller or no worker is connected, or Postgres is away. Without it the sentence
         is shown with the bar, or is a warning in the log, and so is :attr:`Job.notice` at the end.
 
@@ -322,7 +324,9 @@ class Jobs(ClientPart):
     def _read_steps(
         self, job_id: int, watching: JobWatch, deadline: float | None, say: Callable[[str], object]
     ) -> Steps[Job]:
-        """Read the job. If it was read before, Postgres may be away meanwhile, for a minute and until the deadline."""
+        """Read the job. If it was read before, an outage of Postgres is waited for, for a minute at most and not beyond
+        the deadline.
+        """
         until, is_said = time.monotonic() + AWAY_SECONDS, False
         while True:
             watching.look()

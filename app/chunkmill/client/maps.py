@@ -34,14 +34,14 @@ class Maps(ClientPart):
     ) -> CollectionMap:
         """Draw the vectors of a collection in two dimensions, coloured by the metadata field ``by``.
 
-        ``sample`` distinct texts are drawn at most, which chance chooses, and always the same ones. They are read a
-        thousand at a time; ``4 * sample * d`` bytes of memory hold their vectors of ``d`` dimensions, however large the
-        collection is. ``method`` is ``pca``, or ``umap``, which needs the extra ``umap`` and takes longer. The result
-        is shown by a notebook, and :meth:`CollectionMap.save` writes it as a page or a picture. It has the beginnings
-        of the texts only if ``texts`` is true, because whoever gets the file can read them.
+        At most ``sample`` distinct texts are drawn. They are chosen at random, and are the same ones each time. They
+        are read a thousand at a time; ``4 * sample * d`` bytes of memory hold their vectors of ``d`` dimensions,
+        however large the collection is. ``method`` is ``pca``, or ``umap``, which needs the extra ``umap`` and takes
+        longer. The result is shown by a notebook, and :meth:`CollectionMap.save` writes it as a page or a picture. It
+        has the beginnings of the texts only if ``texts`` is true, because whoever gets the file can read them.
 
-        ``by`` is a key of the metadata. If no chunk has that key, its parts between dots lead through objects. Values
-        that are numbers have a scale, and of all others the nine most frequent have a colour each.
+        ``by`` is a key of the metadata. If no chunk has that key, it is read as a path: ``a.b`` is the key ``b`` of the
+        object ``a``. Numbers are coloured by a scale. Of other values, the nine most frequent have a colour each.
 
         Raises :class:`NotFound`, and :class:`InvalidInput` if nothing has a vector yet or UMAP is not installed.
         """

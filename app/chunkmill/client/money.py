@@ -91,8 +91,8 @@ class Money(ClientPart):
     ) -> list[Adjustment]:
         """The parts of the bill that no answer confirmed, with their reasons: the latest ``limit``, newest first.
 
-        They are what was ``lost``, what was ``maybe_charged``, and corrections; of one ``kind``, or all of them. A
-        ``correction`` is what :meth:`correct_charge` booked.
+        ``kind`` selects those that were ``lost``, that were ``maybe_charged``, or that are a ``correction``, which
+        :meth:`correct_charge` booked. None means all.
         """
         kind = None if kind is None else as_word(AdjustmentKind, kind, "kind")
         limit = as_number("limit", limit, least=1)
@@ -164,8 +164,9 @@ class Money(ClientPart):
     def abandon(self, provider_batch_id: int) -> Abandoned:
         """Let go of a ProviderBatch that does not end. Jobs that wait for its contents send them again.
 
-        If they may have been charged, that is booked, and the provider is asked to cancel it. A second call closes it
-        although its files could not be deleted. Raises :class:`NotFound`, and :class:`InvalidInput` if it is closed.
+        If they may have been charged, that is booked, and the provider is asked to cancel it. If its files cannot be
+        deleted, a second call closes it all the same. Raises :class:`NotFound`, and :class:`InvalidInput` if it is
+        closed.
         """
         provider_batch_id = as_number("provider_batch_id", provider_batch_id)
         read_twins(self._settings)

@@ -52,7 +52,8 @@ PAGE_CHUNKS, PAGE_BYTES = 500, 1024 * 1024
 LEAST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 """How long a job whose delivery failed waits for the next try."""
 OWN_LACKS = (InvalidSetting, NewerSpace)
-"""Errors of the process that delivers. Another one may have the setting or the release that this one lacks."""
+"""Errors that are the fault of this process. Another process may have the setting or the release that this one
+lacks."""
 
 
 # --- in the producer's transaction -----------------------------------------------------------------------------------
@@ -87,7 +88,8 @@ def enqueue_within(
         prepared = prepare_or_skip(chunks) if request.skip_invalid else prepare_all(chunks)
         if request.idempotency_key is not None and digest is not None:
             transaction.rows(statements.lock_key, {"lock": KEY_LOCK, "key": request.idempotency_key})
-            # What this very transaction has written is seen by nobody else, and it may see nothing new itself.
+            # Only this transaction sees what it has written, and it may not see what others have committed since it
+            # began.
             own = transaction.rows(statements.entry_of_key, {"key": request.idempotency_key})
             keyed = _job_of_key(db, request, outbox.held(own[0]) if own else None)
             if keyed is not None and keyed.has_all:
@@ -183,12 +185,13 @@ def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[Pr
 
 
 def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[sa.Connection], None]) -> bool:
-    """Enqueue the chunks of a job in the outbox, and take it out. False if another process is at it, or has done it.
+    """Enqueue the chunks of a job in the outbox, and take it out. False if another process is delivering it, or has
+    delivered it.
 
     A job that was cancelled is only taken out.
 
-    It may die at any moment: whoever delivers the job next goes on in the same job. An error that will not pass ends
-    the job as failed, with the reason; any other one is raised, and the job stays in the outbox. What only this process
+    If the process dies at any moment, the next delivery goes on in the same job. An error that will not pass ends the
+    job as failed, with the reason; any other one is raised, and the job stays in the outbox. What only this process
     lacks is raised too: a setting of its environment, or the release that can read a space.
     """
     with db.begin() as conn:
@@ -207,7 +210,7 @@ def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[s
         entry.priority,
         entry.on_long,
         entry.idempotency_key,
-        skip_invalid=True,  # they were checked, and those that were refused are to come to the dead list
+        skip_invalid=True,  # they were checked before; those that were refused go to the dead list
         may_cost=entry.may_cost,
         job_id=job_id,
         traceparent=entry.traceparent,
@@ -327,7 +330,7 @@ class Deliverer:
                 pass
 
     def round(self, stop: threading.Event | None = None) -> int:
-        """Deliver all that is in the outbox now; returns how many jobs. One that fails keeps no other waiting."""
+        """Deliver all that is in the outbox now; returns how many jobs. A job that fails holds up no other."""
         delivered = after = 0
         while True:
             with self._db.begin() as conn:
@@ -368,7 +371,7 @@ class Deliverer:
         return False
 
     def _say(self, what: str) -> None:
-        """Say it once."""
+        """Log it once."""
         if what != self._said:
             logger.warning("poller: %s", what)
         self._said = what

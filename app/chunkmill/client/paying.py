@@ -1,4 +1,4 @@
-"""What an enqueue would cost, asked before it begins if a key of the gateway pays whose dollars are limited."""
+"""Computes what an enqueue would cost before it begins, if a key of the gateway with limited dollars pays for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def quote_of(
     choice: Choice,
     on_long: OnLong,
 ) -> Quote | None:
-    """How to learn what an enqueue would cost; None if nobody has to, because it costs nothing, or no limited key pays.
+    """A function that computes what an enqueue would cost; None if that need not be known, because it costs nothing or
+    no key with limited dollars pays.
 
     While the collection is being re-embedded, what is embedded into its other spaces is counted too.
     """

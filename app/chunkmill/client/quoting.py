@@ -22,15 +22,16 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 
 SAMPLE = 20_000
-"""Tokens are counted of so many texts at most, which takes a few seconds. Their sum is then known to about 1 %."""
+"""The tokens of at most this many texts are counted, which takes a few seconds. Their sum is then known to about 1
+%."""
 PAGE = 1_000
-"""Texts that are read and counted at a time."""
+"""How many texts are read and counted at a time."""
 ROW_BYTES = 150
 """About how many bytes a vector takes besides its numbers: the row, its hash, and its entry in the primary key."""
 SEGMENT_ROW_BYTES = 72
 """The same for a row of a segment, which has no key."""
 GRAPH_BYTES = 1.25
-"""The graph of a segment takes about so many times the bytes of its rows' vectors (measured at 384 dimensions)."""
+"""The graph of a segment takes about this many times the bytes of its rows' vectors (measured at 384 dimensions)."""
 
 
 def quote(db: sa.Engine, settings: Settings, collection: str, spec: SpaceSpec, plan: Plan) -> Quote:
@@ -55,7 +56,7 @@ def quote(db: sa.Engine, settings: Settings, collection: str, spec: SpaceSpec, p
     counters = [LaneCounter(route, settings, request) for route in routing.lanes_of(settings, spec)]
     sampled = 0
     for texts in _sample(db, row.id, space):
-        counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
+        counted: dict[object, tuple[int, int]] = {}  # both paid lanes count tokens in the same way
         for counter in counters:
             counter.add(texts, counted)
         sampled += len(texts)
@@ -135,7 +136,9 @@ def _count(conn: sa.Connection, collection_id: int, space: registry.Space | None
 
 
 def _sample(db: sa.Engine, collection_id: int, space: registry.Space | None) -> Iterator[Sequence[tuple[bytes, str]]]:
-    """``(hash, text)`` of the first contents by their hash that have to be embedded. A hash is as good as chance."""
+    """``(hash, text)`` of the first contents, ordered by hash, that have to be embedded. A hash is as good as a random
+    number, so they are a random sample.
+    """
     query = """
         SELECT c.content_hash, t.text
         FROM (

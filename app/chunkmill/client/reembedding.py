@@ -100,11 +100,11 @@ class Reembeddings(ClientPart):
     ) -> Quote | Reembedding:
         """Begin to move a collection to the model ``to``, or with ``dry_run`` say what that would take.
 
-        Nobody notices the move: the stored texts are embedded into the new space as work of ``priority``, what is
-        enqueued meanwhile is embedded into both, and searches go on in the old space. The new one must pass the
-        ``gates``, answers the growing shares of ``ramp``, each for ``step_hours``, and becomes the active one at a
-        single moment. The old one is kept up to date for ``keep_days``, so that :meth:`rollback` can return to it. A
-        poller does all this; a call with the same arguments returns the re-embedding that is under way.
+        Neither searches nor enqueues are interrupted: the stored texts are embedded into the new space as work of
+        ``priority``, what is enqueued meanwhile is embedded into both, and searches go on in the old space. The new one
+        must pass the ``gates``, answers the growing shares of ``ramp``, each for ``step_hours``, and becomes the active
+        one at a single moment. The old one is kept up to date for ``keep_days``, so that :meth:`rollback` can return to
+        it. A poller does all this; a call with the same arguments returns the re-embedding that is under way.
 
         ``on_long``, ``dimensions``, ``precision`` and ``route`` are as in :meth:`enqueue`. A ramp whose last share is
         not 100 stays there until somebody calls :meth:`flip` or :meth:`cancel_reembedding`, and an empty one flips as
@@ -142,8 +142,8 @@ class Reembeddings(ClientPart):
         return self.reembedding(reembedding_id)
 
     def _expected_usd(self, collection: str, spec: SpaceSpec, plan: Plan) -> Decimal:
-        """What is reserved for the key of the gateway that begins a re-embedding: nothing if its dollars have no limit,
-        or if the re-embedding is under way, which :meth:`reembed` finds out."""
+        """US dollars to reserve for the key of the gateway that begins a re-embedding. None are reserved if its dollars
+        have no limit, or if the re-embedding is under way already, which :meth:`reembed` finds out."""
         with self._transaction() as conn:
             choice = routing.decide(conn, self._settings, spec, plan.route)
             if not choice.route.is_paid or not spends.is_limited(conn):
@@ -178,7 +178,7 @@ class Reembeddings(ClientPart):
         No chunk that can be searched is missing afterwards: that is proved in the moment of the flip, for which writers
         wait some milliseconds. If chunks got their vector in the old space a moment ago, this waits for their vector in
         the new one, up to ``timeout`` seconds. ``missing`` chunks may be missing all the same; None means as many as
-        the gates allow. The gates of quality are not asked.
+        the gates allow. The gates of quality are not checked.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if it is not judged or ramping, and :class:`WaitTimeout`, which
         says how many chunks have no vector in the new space. Nothing is changed then.
@@ -186,7 +186,8 @@ class Reembeddings(ClientPart):
         return self._flip(which, back=False, missing=missing, timeout=timeout)
 
     def rollback(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:
-        """Make the space active again that the collection left. It is :meth:`flip` backwards, with the same proof.
+        """Make the space that the collection left the active one again. It is :meth:`flip` backwards, with the same
+        proof.
 
         The new space is kept up to date for ``keep_days``; after that it is dropped. Raises what :meth:`flip` raises.
         """
@@ -203,7 +204,7 @@ class Reembeddings(ClientPart):
                 end_if_stopped()
                 with self._db.begin() as conn:
                     life = _find(conn, which)
-                which = life.id  # another one of the collection may begin meanwhile
+                which = life.id  # another re-embedding may begin meanwhile
                 _require_state(life, states, back=back)
                 way = Direction.of(life, back=back)
                 most = life.plan.gates.missing if missing is None else missing
@@ -245,10 +246,10 @@ class Reembeddings(ClientPart):
         return self.reembedding(life.id)
 
     def pause_reembedding(self, which: int | str) -> Reembedding:
-        """Let a re-embedding stay in its state and its share. What was handed to workers is embedded.
+        """Stop a re-embedding in its present state and share. Texts that workers already have are still embedded.
 
-        What is enqueued meanwhile still reaches both spaces. Raises :class:`NotFound`, and :class:`InvalidInput` if it
-        has ended.
+        Chunks that are enqueued meanwhile still reach both spaces. Raises :class:`NotFound`, and :class:`InvalidInput`
+        if it has ended.
         """
         with self._transaction() as conn:
             life = _find(conn, which)
@@ -258,7 +259,8 @@ class Reembeddings(ClientPart):
     def resume_reembedding(
         self, which: int | str, *, gates: Gates | None = None, ramp: Sequence[int] | None = None
     ) -> Reembedding:
-        """Go on with one that was paused, has a problem, or stepped back; with other ``gates`` or another ``ramp``.
+        """Go on with a re-embedding that was paused, has a problem, or stepped back, if you like with other ``gates``
+        or another ``ramp``.
 
         Its gates are checked anew. Raises :class:`NotFound`, and :class:`InvalidInput` if it has ended.
         """

@@ -62,13 +62,13 @@ class Replacement:
     def delete(self, job_id: int) -> None:
         """Delete the chunks, a slice at a time, and note with the job how many they were.
 
-        The source was read to its end, and the job that has what it holds is sealed. A call that ends what another one
-        with the same idempotency key had begun goes by the fence of that one. What a later job has written stays in
-        any case.
+        Before this call, the source was read to its end, and the job with its chunks was sealed. If the call continues
+        the deletions of an earlier call with the same idempotency key, it uses the fence of that call. Chunks that a
+        later job has written stay in any case.
         """
         n = 0
         with self.conn.begin():
-            # The name may have come to another collection since, of which nothing is known here.
+            # The name may belong to another collection by now, of which nothing is known here.
             is_same = jobs.collection_id(self.conn, job_id) == self.collection_id
         for ids in self._windows(job_id) if is_same else ():
             for first in range(0, len(ids), DELETE_STEP):
@@ -108,7 +108,7 @@ class Replacement:
 
 @contextlib.contextmanager
 def rehearse(conn: sa.Connection, collection: str, chosen: Filter) -> Iterator[Replacement]:
-    """Only count what would be deleted. The source's ids are noted, and nobody is kept waiting."""
+    """Only count what would be deleted. The ids of the source are noted, and no other enqueue has to wait."""
     with dropping(conn, store.SOURCE_IDS, store.REFUSED_IDS):
         with conn.begin():
             store.create_source_ids(conn)

@@ -33,13 +33,13 @@ class Retention(ClientPart):
         """Delete jobs that finished more than ``older_than`` (days) ago, and vectors and texts that were stored before
         then and that no collection refers to. This is safe while everything runs.
 
-        Of the Batch API that a gateway serves, files go that are older, unless a batch needs them that has not ended,
+        Of the Batch API that a gateway serves, it deletes older files, unless a batch that has not ended needs them,
         and batches that ended before then, with their texts and vectors.
 
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
-        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
-        spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``
-        only counts; a space to which only jobs refer that would be deleted is not among its ``spaces``.
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At the end it
+        drops the spaces that were registered before then, if nothing refers to them and they have no vector left.
+        ``dry_run`` only counts; its ``spaces`` do not include a space to which only jobs refer that would be deleted.
         """
         dry_run = as_flag("dry_run", dry_run)
         as_function("on_progress", on_progress)

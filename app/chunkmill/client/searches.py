@@ -1,4 +1,4 @@
-"""What became of searches: counts, latencies and feedback of each space of a collection."""
+"""How searches went: counts, latencies and feedback for each space of a collection."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Searches(ClientPart):
         """How the searches of the last ``hours`` went in each space of a collection, the active one first.
 
         Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts
-        every 5 s; those of more than two hours ago are of whole hours, and after 90 days they are deleted. Raises
-        :class:`NotFound` and :class:`InvalidInput`.
+        every 5 s. Counts of more than two hours ago exist for whole hours only, and after 90 days they are deleted.
+        Raises :class:`NotFound` and :class:`InvalidInput`.
         """
         require_name("collection", collection)
         length = as_seconds("hours", hours)

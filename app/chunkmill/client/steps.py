@@ -1,4 +1,5 @@
-"""Calls that wait, written as steps: they say when and for how long, and somebody else does the waiting.
+"""Calls that wait, written as steps: a step says how long to wait or for what, and the code that runs the steps does
+the waiting.
 
 ``Client`` waits in the caller's thread. ``AsyncClient`` waits in the event loop, so that a thousand waiting calls need
 no thousand threads and hold no connection meanwhile.
@@ -17,7 +18,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class PauseStep:
-    """Go on after so many seconds."""
+    """Go on after this number of seconds."""
 
     seconds: float
 
@@ -45,7 +46,7 @@ class Signal:
             tell()
 
     def wait(self, seconds: float) -> None:
-        """Return when it is given, or after so many seconds."""
+        """Return when it is given, or after this number of seconds."""
         self._event.wait(seconds)
 
     def when_given(self, tell: Callable[[], object]) -> None:
@@ -59,7 +60,7 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class WaitStep:
-    """Go on when the signal is given, or after so many seconds."""
+    """Go on when the signal is given, or after this number of seconds."""
 
     signal: Signal
     seconds: float

@@ -1,4 +1,5 @@
-"""How a call that runs in a thread is stopped from another one: it looks between two transactions and two chunks."""
+"""Stops a call that runs in a thread from another thread: the call checks between two transactions and between two
+chunks whether it is to end."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class OuterTransaction(ABC):
 
     @abstractmethod
     def savepoint(self) -> contextlib.AbstractContextManager[object]:
-        """What is run in the block is taken back if the block raises."""
+        """If the block raises, what was run in it is rolled back."""
 
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
@@ -85,7 +85,7 @@ class _PsycopgTransaction(OuterTransaction):
 def as_transaction(given: object) -> OuterTransaction:
     """The transaction that ``given`` is in. Raises :class:`InvalidInput` if it is not a connection, or commits each
     statement."""
-    orm = sys.modules.get("sqlalchemy.orm")  # whoever has a session has imported it
+    orm = sys.modules.get("sqlalchemy.orm")  # a program that has a session has imported it
     if orm is not None and isinstance(given, orm.Session | orm.scoped_session):
         try:
             given = given.connection()

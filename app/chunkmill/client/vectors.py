@@ -61,15 +61,17 @@ MAX_K = 1_000_000
 MOST_MOVES = 3
 """How often one search begins again because the collection has left the space that was chosen."""
 MOST_PATIENCE_S = 30.0
-"""The longest that a search which may go to another space waits for a worker of its own."""
+"""How many seconds a search that may go to another space waits at most for a worker of its own space."""
 UNSERVED_SECONDS = 10.0
-"""How long searches that may go to another space do so at once after no worker has answered for theirs."""
+"""After no worker has answered for their space, for how many seconds searches that may go to another space go there at
+once."""
 MOST_REGISTERED = 3
 """How often one call registers its space again because somebody drops it."""
 
 
 _UNSERVED: WeakKeyDictionary[sa.Engine, dict[int, float]] = WeakKeyDictionary()
-"""``space id → time.monotonic()`` until which no worker is asked first."""
+"""``space id →`` the time of ``time.monotonic()`` until which searches that may go to another space do not ask in this
+one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,24 +207,26 @@ class Vectors(ClientPart):
         of the collection: the hits are those nearest to its stored vector, without the chunk itself.
 
         Only chunks whose metadata pass ``filter`` are returned (docs/search.md describes the language; ``metadata`` is
-        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` leaves out so many of
-        the nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing
-        is written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
+        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` skips this many of the
+        nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing is
+        written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
         ``explanation`` of a hit list says how it was found, which takes longer.
 
         With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
         the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
-        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        0.8, and False uses the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
         cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
-        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all words that begin with
+        ``word``.
 
-        While a collection is on its way to another space (:meth:`reembed`), it has several. ``session`` names whoever
-        asks, such as a user: the new space answers its share of the sessions, always the same ones, and their searches
-        are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names another one:
-        ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector belongs to a
-        space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search fails, because
-        a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
-        before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
+        While a collection is moving to another space (:meth:`reembed`), it has several spaces. ``session`` names
+        whoever asks, such as a user: the new space answers its share of the sessions, always the same ones, and their
+        searches are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names
+        another one: ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector
+        belongs to a space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search
+        fails, because a search in another space has other hits. ``on_unserved="previous"`` then searches the space that
+        the collection had before: half of ``timeout`` is for the first space and half for the previous one, and
+        ``instead_of`` of the hits says that this happened.
 
         With ``bridge``, the name of a model for which :meth:`bridge` has learnt one, the query is embedded with that
         model and carried into the collection's space, which ``bridge`` of each hit says. Once the collection is in a
@@ -357,7 +361,7 @@ class Vectors(ClientPart):
         ]
 
     def _query_vectors(self, space: registry.Space, asked: _Search, deadline: float) -> Steps[NDArray[Any]]:
-        """The vectors of the queries in a space, ``(n, d)``. Who gave vectors gets them back."""
+        """The vectors of the queries in a space, ``(n, d)``. Queries that are vectors are returned as they are."""
         if not isinstance(asked.queries, list):
             return asked.queries
 
@@ -377,7 +381,9 @@ class Vectors(ClientPart):
         queries: NDArray[Any] | None,
         crossing: bridges.Crossing | None,
     ) -> list[Hits]:
-        """The hits of each query, at one moment; ``crossing`` carries the queries over. Raises :class:`SpaceLeft`."""
+        """The hits of each query, all at one moment. ``crossing`` is the bridge that carries the queries into the
+        space. Raises :class:`SpaceLeft`.
+        """
         asked_in = space if crossing is None else crossing.query_space
         vectors = [as_query_vector(vector, asked_in.spec.dimensions) for vector in (() if queries is None else queries)]
         if crossing is not None and vectors:
@@ -417,7 +423,9 @@ class Vectors(ClientPart):
         return time.monotonic() < _UNSERVED.get(self._db, {}).get(space.id, 0.0)
 
     def _keep_unserved(self, space: registry.Space) -> None:
-        """Ask in the other space at once for a while: nobody should wait for half of the time in each search."""
+        """Note that the space is not served, so that searches ask in the other space at once for a while and do not
+        wait for half of the time first.
+        """
         if not self._is_unserved(space):
             _UNSERVED.setdefault(self._db, {})[space.id] = time.monotonic() + UNSERVED_SECONDS
 
@@ -564,9 +572,9 @@ class Vectors(ClientPart):
     def load_query_cache(self, path: str | PathLike[str]) -> int:
         """Take the vectors of a file that :meth:`save_query_cache` wrote. Returns how many were taken.
 
-        Those that are too old are left out, and of more than fit those used last are taken. Vectors of other spaces do
-        no harm. Raises :class:`InvalidInput` if the file is damaged, is of another kind, or may be written by
-        everybody; nothing is taken then. Whoever can write the file decides what searches find.
+        Those that are too old are left out, and and if there are more than fit, those used last are taken. Vectors of
+        other spaces do no harm. Raises :class:`InvalidInput` if the file is damaged, is of another kind, or may be
+        written by everybody; nothing is taken then. Whoever can write the file decides what searches find.
         """
         return self._query_cache.load(as_path("path", path))
 
@@ -595,11 +603,11 @@ class Vectors(ClientPart):
 
         ``space`` names another space of the collection than the active one, as in :meth:`search`.
 
-        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
-        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
-        Postgres. The graph of the whole space that an earlier release built is dropped, if this role owns it, because
-        no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
-        transaction that writes lasts so long that the index cannot begin.
+        The poller does the same by itself within some seconds; if it is building something now, this waits for it.
+        Writers and searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of
+        INDEX_MEMORY_MB in Postgres. If an earlier release built a graph of the whole space and this role owns it, it is
+        dropped, because no search uses it and it makes every write slow. Raises :class:`NotFound`, and
+        :class:`StoreUnavailable` if a transaction that writes lasts so long that the index cannot begin.
         """
         require_name("collection", collection)
         with self._transaction() as conn:

@@ -1,4 +1,4 @@
-"""Writes chunks into a Parquet file or JSON lines, of which nothing is to be seen before all is written."""
+"""Writes chunks into a Parquet file or JSON lines. The file appears under its name only once it is complete."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class _Parquet:
                 self._flush()
             self._writer.close()
         finally:
-            self._writer.is_open = False  # else it would write its end again as it is collected
+            self._writer.is_open = False  # otherwise it would write its end again when it is garbage-collected
 
     def _flush(self) -> None:
         rows, arrow = self._rows, self._arrow

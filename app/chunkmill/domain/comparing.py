@@ -22,9 +22,9 @@ from chunkmill.domain.ranking import (
 from chunkmill.system.numbers import NDArray, np
 
 JUDGED = 10
-"""So many hits of a query are judged."""
+"""How many hits of a query are judged."""
 DEEP = 100
-"""So many count for the second recall, which says what a re-ranker would still see."""
+"""How many hits count for the second recall, which says what a re-ranker would still see."""
 SHOWN = 20
 """How many of the queries that lose most are named."""
 
@@ -273,7 +273,7 @@ class Comparison(PrintedResult):
     new: Contender
     changes: Changes
     loss_seen: float
-    """So much loss of nDCG@10 would have been seen by so many queries in 80 % of the cases."""
+    """The loss of nDCG@10 that this number of queries would have shown in 80 % of the cases."""
     quote: ComparisonQuote
 
     @property

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 
 MAX_CHARACTERS = 4_000
-"""So much of a query is read. A longer text has more terms than are looked up anyway."""
+"""How many characters of a query are read. A longer text has more terms than are looked up anyway."""
 MAX_PHRASES, MAX_PREFIXES = 8, 8
-"""So many phrases and prefixes of a query are looked up."""
+"""How many phrases and prefixes of a query are looked up."""
 MIN_PREFIX = 3
 """A shorter prefix is taken for a word, because it would match a large part of the texts."""
 

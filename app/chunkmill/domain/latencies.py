@@ -11,7 +11,7 @@ from collections.abc import Mapping
 FIRST_MS = 0.5
 """The upper bound of the first bucket."""
 STEPS = 8
-"""So many buckets until the bound has doubled."""
+"""After how many buckets the bound has doubled."""
 LAST = 8 * 19
 """The last bucket, which has everything beyond 262 s."""
 

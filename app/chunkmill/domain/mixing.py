@@ -18,11 +18,11 @@ from chunkmill.system.numbers import NDArray, np
 Scores: TypeAlias = "NDArray[np.float64]"
 
 DEPTH = 100
-"""So many candidates of each kind are mixed, or as many as hits are wanted, if that is more."""
+"""How many candidates of each kind are mixed, or as many as hits are wanted, if that is more."""
 MAX_MIXED = 1_000
 """The most hits of a mixed search, whose candidates are all scored twice."""
 PAGED = 200
-"""So many candidates of each kind are mixed in a search with an offset, and no page goes further."""
+"""How many candidates of each kind are mixed in a search with an offset. No page goes further."""
 DEFAULT_ALPHA = 0.8
 """The alpha of a collection that was not tuned. On Python's docstrings 0.7 to 0.9 were best (decision 70)."""
 RRF_K = 60

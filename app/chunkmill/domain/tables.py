@@ -39,7 +39,8 @@ _TABLE = "border-collapse:collapse;margin:0.5em 0;color:inherit;background:none;
 _CELL = "padding:0.2em 0.9em 0.2em 0;vertical-align:top;max-width:50em;text-align:"
 _HEAD = "border-bottom:1px solid currentColor;white-space:nowrap"
 _SHORT = 24
-"""So many characters of a cell stay on one line. Longer ones may be broken anywhere, for a long id has no blanks."""
+"""How many characters of a cell stay on one line. A longer cell may be broken anywhere, because a long id has no
+blanks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ from chunkmill.spaces import others
 from chunkmill.store import keywords, segments
 
 SLICE = 1_000
-"""Chunks of one transaction, which keeps enqueues and writes out while it runs: 40 ms at 384 dimensions."""
+"""How many chunks one transaction deletes. It keeps enqueues and writes waiting: 40 ms at 384 dimensions."""
 ROWS = 5_000
-"""Rows of dead lists, or keys of jobs, of one transaction."""
+"""How many rows of dead lists, or keys of jobs, one transaction deletes."""
 
 _OPEN = {"enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
 
@@ -76,7 +76,8 @@ def go_on(
 ) -> tuple[int, bool]:
     """Delete what is left of a dropped collection. Returns how many chunks this call deleted, and whether none is left.
 
-    With ``slices`` it stops after so many. ``on_progress`` is called after each with the chunks deleted so far.
+    With ``slices`` it stops after that number of slices. ``on_progress`` is called after each slice with the number of
+    chunks deleted so far.
     """
     _cancel_jobs(db, collection_id)
     with db.begin() as conn:
@@ -89,7 +90,7 @@ def go_on(
             call = "SELECT cleared, last FROM clear_dropped_collection(:id, :beyond, :most)"
             row = conn.execute(sa.text(call), {"id": collection_id, "beyond": beyond, "most": SLICE}).one()
         if row.cleared < 0:
-            return deleted, False  # A job was opened again, by code of the last release. The poller comes back.
+            return deleted, False  # Code of the last release opened a job again. The poller will delete the rest.
         if row.cleared == 0:
             is_clear = True
             break
@@ -127,7 +128,8 @@ def _leave_other_spaces(conn: sa.Connection, collection_id: int) -> None:
     """End the re-embedding of a dropped collection. Its vectors are deleted with its chunks, from every space."""
     if not others.are_kept(conn):
         return
-    # Without the lock of the row, which a poller may not take: no window of a dropped collection is of any use.
+    # The collection's row is not locked, because a poller has no right to lock it. That does no harm: the windows of a
+    # dropped collection are of no use.
     lock_of(conn, LIVES_LOCK, collection_id)
     update = """
         UPDATE reembeddings

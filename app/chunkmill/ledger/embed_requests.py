@@ -29,8 +29,8 @@ MOST_PAYLOAD = 7_900
 IDS_EACH = MOST_PAYLOAD // 20
 """The most ids in one notification. An id has up to 19 digits."""
 LEASE_SECONDS = 4.0
-"""How many seconds, and one look more, the callers of a killed worker wait for another one. A worker renews the
-leases of what it holds three times in each."""
+"""How many seconds a lease lasts, which the worker renews three times in that time. If a worker is killed, its callers
+wait this long, and until the next check, for another worker."""
 MAX_ATTEMPTS = 2
 """A request that takes its worker down must not take down all of them."""
 SHORT_BYTES = 4_096
@@ -56,7 +56,7 @@ class EmbedRequest:
     urgency: int = 0
     caller: str = ""
     seconds_left: float | None = None
-    """How long somebody waits for the answer, counted from the claim. None if that is not known."""
+    """How many seconds after the claim somebody still waits for the answer. None if that is not known."""
     traceparent: str | None = None
     """The caller's span; None if it has none, or this process sends no traces."""
 
@@ -89,17 +89,17 @@ class Answer:
     vectors: NDArray[np.float32] | None
     error: str | None
     tokens: NDArray[np.int32] | None = None
-    """``(n,)`` int32. None if the worker is of a release that does not say it."""
+    """``(n,)`` int32. None if the worker's release does not report it."""
     truncated: NDArray[np.bool_] | None = None
     """``(n,)`` bool."""
 
 
-# What a caller says is urgent is so only if it is short. The callers of one urgency take turns: first the oldest of
-# each, then the second of each. A request that was in the hands of a worker before may have killed it, so it is taken
-# alone. Rows are locked before it is known which of them fit. Those that do not are free again when this transaction
-# ends, and other workers are woken then. Without :spaces, those that only a provider serves are left to workers on
-# its queue. The age is taken from clock_timestamp(), because now() is when the transaction began. The tokens are those
-# of `chunkmill.domain.embedded.estimated_tokens`.
+# A request that its caller calls urgent is treated as urgent only if it is short. The callers of one urgency take
+# turns: first the oldest of each, then the second of each. A request that was in the hands of a worker before may have
+# killed it, so it is taken alone. Rows are locked before it is known which of them fit. Those that do not are free
+# again when this transaction ends, and other workers are woken then. Without :spaces, requests in spaces that only a
+# provider serves are left to workers on the provider's queue. The age is taken from clock_timestamp(), because now() is
+# when the transaction began. The tokens are those of `chunkmill.domain.embedded.estimated_tokens`.
 _CLAIM_SOME = """
 WITH waiting AS MATERIALIZED (
     SELECT id, c.urgency, row_number() OVER (PARTITION BY c.urgency, caller ORDER BY id) AS turn
@@ -210,7 +210,8 @@ def claim_some(
     parameters |= {
         "short_bytes": SHORT_BYTES,
         "most_requests": most_requests,
-        # One more is locked to tell whether there are more. Who wants a single one leaves all others alone.
+        # One request more than the limit is locked, to find out whether there are more. A caller that wants a single
+        # one locks no other.
         "most_locked": most_requests if most_requests == 1 else most_requests + 1,
         "most_texts": most_texts,
         "most_tokens": most_tokens,
@@ -338,7 +339,7 @@ def has_columns(conn: sa.Connection, name: str) -> bool:
     return name in seen
 
 
-# Each notification has the ids of so many requests that its payload fits: see MOST_PAYLOAD.
+# Each notification has only as many ids as fit into its payload: see MOST_PAYLOAD.
 _ANSWER = sa.text("""
 WITH answered AS (
     UPDATE embed_requests r
@@ -371,7 +372,7 @@ GROUP BY part
 def answer_all(conn: sa.Connection, answers: Sequence[EmbedAnswer]) -> None:
     """Store the vectors of many requests, and tell their callers with one notification when the transaction commits.
 
-    They count even if a lease was lost. What was withdrawn stays away.
+    They count even if a lease was lost. Requests that were withdrawn get no answer.
     """
     if not answers:
         return
@@ -442,7 +443,7 @@ def release(conn: sa.Connection, *requests: EmbedRequest) -> None:
     conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
 
 
-# While a request of the space is leased, somebody serves it and may only be busy.
+# While a request of the space is leased, a worker serves the space; it may only be busy.
 _REFUSE_UNANSWERED = sa.text("""
 UPDATE embed_requests r
 SET error = :error

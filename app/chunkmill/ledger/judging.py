@@ -34,25 +34,26 @@ from chunkmill.store import search as searching
 from chunkmill.system.numbers import NDArray, np
 
 MOST_JUDGED = 2_000
-"""The most golden queries that are judged, which chance has chosen once. The bounds of ΔnDCG are then about ±0.008."""
+"""The most golden queries that are judged. They are chosen at random, and are the same ones each time. The bounds of
+ΔnDCG are then about ±0.008."""
 CHECKED = 200
-"""So many queries check the recall of the serving index."""
+"""How many queries check the recall of the serving index."""
 TIMED = 100
-"""So many queries are embedded alone and timed with their search. Their p95 is then the mean of the slowest five."""
+"""How many queries are embedded alone and timed with their search. Their p95 is then the mean of the slowest five."""
 PART_TEXTS = 32
 """How many texts one embed request has, as those of a client."""
 OPEN_PARTS = 8
 """How many requests are open at a time, half of what one client has."""
 FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.002, 0.05
-"""How often answers are looked for: at first, and later."""
+"""Seconds between two checks for answers: at first, and later."""
 SAME_SCORE = 1e-6
-"""Two hits whose scores differ by no more are equally near. One text may have several chunks."""
+"""Two hits whose scores differ by no more than this count as equally near. One text may have several chunks."""
 CALLER = "judge"
 """Workers share their time between callers, so that a judgement takes no more than its part of it."""
 
 
 class JudgingStopped(Exception):
-    """Whoever asked for the judgement has no more time for it."""
+    """The caller's time for the judgement is over, so it stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Judgement:
     results: tuple[GateResult, ...]
     changes: Changes | None
     titles: int = 0
-    """How many of the judged queries are titles, which ask for what is written and not for what people want."""
+    """How many of the judged queries are titles. Titles say what the texts contain, and not what people search for."""
 
     @property
     def passed(self) -> bool:
@@ -97,8 +98,8 @@ def judge(
     """Measure a collection in both spaces, and check the gates.
 
     It takes as long as workers need for the golden queries in both spaces, and 200 exact searches; it holds no
-    connection while it waits for workers, and no transaction lasts longer than one search. What could not be measured,
-    because no worker answered within ``timeout`` seconds for instance, does not pass, and the gate says why. Raises
+    connection while it waits for workers, and no transaction lasts longer than one search. A gate whose measure could
+    not be taken, for example because no worker answered within ``timeout`` seconds, is not passed and says why. Raises
     :class:`JudgingStopped` soon after ``is_stopping`` says so.
     """
     deadline = time.monotonic() + timeout
@@ -158,7 +159,8 @@ def coverage(conn: sa.Connection, collection_id: int, old: Space, new: Space) ->
 
     What waits in an open ChunkBatch of the new space does not count as missing.
     """
-    # If somebody enqueues all the time, some are always on their way. The flip itself lets none of them be missing.
+    # If producers enqueue all the time, some chunks always wait for their vector. The flip itself makes sure that none
+    # of them is missing.
     query = f"""
         WITH pending AS (
             SELECT DISTINCT h.content_hash
@@ -239,14 +241,14 @@ class _Measuring:
         recalls: list[float],
     ) -> None:
         """Judge all queries in both spaces, time the first ones, and check the recall of the new serving index."""
-        # Stored vectors ask first: they need no worker.
+        # The queries that are stored vectors come first, because they need no worker.
         stored = self._stored_vectors(max(0, CHECKED - len(questions)))
         self._check_recall(stored, recalls)
         seconds: tuple[list[float], list[float]] = ([], [])
         asked: list[NDArray[np.float32]] = []
         rests: list[NDArray[np.float32]] = []
         alone: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
-        # One after the other in both spaces, so that what else the machine does slows both.
+        # Each query is timed in one space and then in the other, so that other work on the machine slows both.
         for question in questions[:TIMED]:
             for which, space in enumerate(self.spaces):
                 began = time.perf_counter()
@@ -288,7 +290,7 @@ class _Measuring:
             return [(hit.chunk_id, hit.score) for hit in hits]
 
     def _stored_vectors(self, n: int) -> NDArray[np.float32]:
-        """``(m, d)`` float32, each of length 1, of at most ``n`` texts of the collection, which chance chooses."""
+        """``(m, d)`` float32, each of length 1, of at most ``n`` texts of the collection, chosen at random."""
         new = self.spaces[1]
         query = f"""
             SELECT n.embedding::real[] AS embedding

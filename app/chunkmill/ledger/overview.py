@@ -1,9 +1,9 @@
 """All collections at a glance: what is in them, what they wait for, and how they are served.
 
-What each number costs: the last enqueue is one probe of an index; chunks and vectors are probed up to ``COUNTED`` for
-each collection, and for larger ones a sample of ``SAMPLED_PAGES`` pages of the table is read; pending reads the open
-ChunkBatches, dead the dead lists, and the tail the index of the tail. None of them grows with the chunks of a
-collection unless they are counted on request.
+What it costs to read each number: the last enqueue is one probe of an index; chunks and vectors are probed up to
+``COUNTED`` for each collection, and for larger ones a sample of ``SAMPLED_PAGES`` pages of the table is read; pending
+reads the open ChunkBatches, dead the dead lists, and the tail the index of the tail. None of them grows with the chunks
+of a collection unless they are counted on request.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from chunkmill.store import segments
 
 SAMPLED_PAGES = 2_000
 """About how many pages of ``chunks`` are read to estimate how many chunks the large collections have: 16 MB. Postgres'
-own statistics are from the last ANALYZE: a collection that was loaded since is none of theirs, and one that was emptied
-is as large as before."""
+own statistics are from the last ANALYZE: they do not know a collection that was loaded since, and one that was emptied
+since still has its old size."""
 ENOUGH = 500
-"""So many chunks of a collection in the sample are about ten pages, so that the estimate is right within a third in two
-cases of three. A collection with fewer is a small part of the table and is counted."""
+"""A collection with this many chunks in the sample has about ten pages there, so that its estimate is right within a
+third in two cases of three. A collection with fewer is a small part of the table, and is counted."""
 NO_INDEX = Index(is_ready=False, segments=0, rows=0, graph_rows=0, tail=0, bytes=0)
 
 
@@ -122,8 +122,8 @@ def _dead(conn: sa.Connection, space: VectorTable) -> dict[int, int]:
     return {row.collection_id: row.dead for row in conn.execute(sa.text(query), {"space": space.id})}
 
 
-# The states are constants, so that the partial index of open jobs is used. What waits for another space of the
-# collection keeps none of its chunks from being searched.
+# The states are constants, so that the partial index of open jobs is used. ChunkBatches that are to be embedded into
+# another space are not counted, because the chunks can be searched without them.
 _PENDING = with_constants(
     """
 SELECT j.collection_id, sum(b.n_contents - b.n_cached - b.n_embedded)::bigint AS pending

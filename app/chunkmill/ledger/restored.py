@@ -1,8 +1,9 @@
-"""Puts a ledger in order that was restored from a backup: the workers, the bells and the provider are of another time.
+"""Puts a ledger in order that was restored from a backup, because workers, Redis and the provider have gone on since.
 
-A backup says what was so at one moment. Whoever held a lease then does not hold it now, the bells that were rung are
-in another Redis, and what was sent to a provider since then is not in it. So leases are given back uncharged, all that
-waits is rung for again, and the paid lanes to which a poller would bring work are stopped until a person has looked.
+A backup is the state of one moment. The workers that held leases then do not hold them now, the bells that were rung
+are in another Redis, and what was sent to a provider since then is not in the backup. So leases are given back
+uncharged, all that waits is rung for again, and the paid lanes to which a poller would bring work are stopped until a
+person has looked.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from chunkmill.domain.states import JobState, Route
 STOP_CODE = "restored"
 """The ``stop_code`` of a lane that a restore has stopped."""
 
-# The tables of later migrations may be missing, so every statement about them stands behind a look. The states are
-# those of chunkmill.domain.states.
+# The tables of later migrations may be missing, so every statement about them first checks that they exist. The states
+# are those of chunkmill.domain.states.
 PUT_IN_ORDER = """
 SELECT set_config('chunkmill.taken_at', :'taken_at', true);
 DO $do$
@@ -186,7 +187,7 @@ def is_empty(conn: sa.Connection) -> bool:
 
 
 def of_others(conn: sa.Connection, schema: str, there: home.Home | None) -> list[str]:
-    """What a restore into ``schema`` would delete though no release up to this one has made it: tables, views,
+    """What a restore into ``schema`` would delete although no release up to this one has made it: tables, views,
     sequences and functions in it, and views and foreign keys of other schemas that depend on its tables.
 
     ``there`` is the installation of the database, if it has one.

@@ -35,7 +35,8 @@ AT_ONCE = 20
 REPLY_SECONDS = 60
 """How long a reply is kept in Redis. Whoever asked waits for some seconds."""
 MOST_IN_A_ROW = 1000
-"""After so many refused messages in a row their queue is deleted: doorbells behind a million others come too late."""
+"""After this many refused messages in a row their queue is deleted, because doorbells behind a million others would
+come too late."""
 SAY_SECONDS = 10.0
 """How often at most a line in the log says that messages were refused. Whoever sends them may send millions."""
 

@@ -29,7 +29,7 @@ REQUEST_TEXTS = 256
 REQUEST_BYTES = 1024 * 1024
 """Bytes of the texts of one request; a longer text has a request of its own."""
 FEW_TEXTS = 32
-"""So many texts are fewer than any gateway takes in one request."""
+"""A call with at most this many texts does not ask the gateway for its limit, because every gateway takes more."""
 LARGEST_DIMENSIONS = 16_384
 """More dimensions than any model has, for the bound on an answer."""
 TEXT_BYTES = 1024

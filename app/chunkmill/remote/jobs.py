@@ -195,11 +195,11 @@ class Jobs(RemoteCalls):
 
         ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else as a line every 5 s.
         ``on_progress`` is called with the job each time it was read. A gateway that cannot be reached for a while is
-        waited for. ``on_hindrance`` gets a sentence when something hinders the job that does not pass by waiting
-        (:attr:`Job.hindrance`); without it the sentence stands under the bar, or is a warning in the log, and so is
-        :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left
-        without a vector, :class:`JobCancelled`, which is a kind of it, if somebody cancelled the job,
-        :class:`WaitTimeout` and :class:`NotFound`.
+        waited for. ``on_hindrance`` is called with a sentence if something hinders the job and waiting alone does not
+        help (:attr:`Job.hindrance`); without it the sentence stands under the bar, or is a warning in the log, and so
+        is :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left without a vector,
+        :class:`JobCancelled`, which is a kind of it, if somebody cancelled the job, :class:`WaitTimeout` and
+        :class:`NotFound`.
         """
         as_number("job_id", job_id)
         as_function("on_progress", on_progress)

@@ -148,7 +148,7 @@ class Reembeddings(RemoteCalls):
         return (yield from self._get_lasting(path, _reembedding, {}, seconds))
 
     def pause_reembedding(self, which: int | str) -> Steps[Reembedding]:
-        """Let a re-embedding stay in its state and its share. What was handed to workers is embedded.
+        """Stop a re-embedding in its present state and share. Texts that workers already have are still embedded.
 
         What is enqueued meanwhile still reaches both spaces. Raises :class:`NotFound`, and :class:`InvalidInput` if it
         has ended.

@@ -28,7 +28,7 @@ FEW_CENTRES = 400
 """Up to so many centres, the rows of each are summed by a product of matrices: for 4,096 × 384 and 100 centres that
 takes 2 ms here, and sorting by label and ``add.reduceat`` 7 ms. The product's time grows with the centres."""
 STALE_BATCHES = 10
-"""So many mini-batches without a better mean distance end the run, as in scikit-learn."""
+"""After this many mini-batches without a better mean distance the run ends, as in scikit-learn."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -89,7 +89,7 @@ class ServedCollection:
 
 
 LEAST_PREFIX = 4
-"""So many characters of a fingerprint are asked for at least."""
+"""How many characters of a fingerprint a caller must give at least."""
 _with_others: WeakSet[sa.Engine] = WeakSet()
 """The databases whose schema is known to have other spaces."""
 

@@ -1,4 +1,4 @@
-"""The chunks of a collection: which there are, what is known of each, and how their metadata change.
+"""The chunks of a collection: lists them, reads what is known of each, and changes their metadata.
 
 A large collection is read in windows, in the order of the chunk ids. No statement looks at more than one window, so a
 statement timeout ends none of them, and no transaction stays open while the caller works on what it got.
@@ -27,9 +27,10 @@ from chunkmill.system.numbers import NDArray, np
 FIRST_WINDOW, MAX_WINDOW = 1_000, 20_000
 """How many chunks the first statement of a filtered reading looks at, and the most that a later one does."""
 MAX_FEW = 5_000
-"""If no more chunks than this pass a filter, one look into the index of the metadata names them all."""
+"""If no more chunks than this pass a filter, one query of the index of the metadata finds them all."""
 FEW_MS = 2_000
-"""How many milliseconds that look may take. A filter that the index does not serve would read the whole table."""
+"""How many milliseconds that query may take. With a filter that the index cannot answer it would read the whole
+table."""
 PAGE_BYTES = 16 * 1024 * 1024
 """About how many bytes of text, metadata and vectors one page has. A chunk that is larger is a page of its own."""
 
@@ -55,7 +56,7 @@ def count(conn: sa.Connection, *, collection_id: int, chosen: Filter) -> int:
 
 
 def sort(conn: sa.Connection, ids: Sequence[str]) -> list[str]:
-    """The ids in the order of Postgres, which depends on the database's collation; one that comes twice comes once."""
+    """The ids, without repetitions, in the order of Postgres, which depends on the database's collation."""
     query = """
         SELECT DISTINCT chunk_id
         FROM unnest(CAST(:ids AS text[])) AS i(chunk_id)
@@ -290,10 +291,10 @@ def update_metadata(
     keys are set and the keys ``removed`` are removed. Raises :class:`InvalidInput` if a chunk would get more metadata
     than an enqueue accepts. Nothing is written then.
     """
-    # A deletion takes its rows in any order, so the two could deadlock.
+    # A deletion locks its rows in any order, so the two could deadlock without this lock.
     keep_deletions_out(conn)
     condition, values = chosen.sql("c.metadata")
-    # In the order in which an enqueue takes them, so that the two cannot deadlock.
+    # The rows are locked in the order in which an enqueue locks them, so that the two cannot deadlock.
     lock_rows = f"""
         SELECT c.chunk_id
         FROM chunks c
@@ -341,7 +342,8 @@ def update_metadata(
 def _require_unmoved(conn: sa.Connection, collection: Collection) -> None:
     """Raise an error if the collection was dropped or moved to another space since the caller found it.
 
-    It is called after a page was read, so that the emptiness of a dropped collection is not taken for the end.
+    It is called after a page was read, so that a collection that was dropped does not look like one whose chunks are
+    all read.
     """
     query = "SELECT space_id FROM collections WHERE id = :id"
     space_id = conn.execute(sa.text(query), {"id": collection.id}).scalar_one_or_none()

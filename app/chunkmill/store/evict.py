@@ -25,10 +25,10 @@ from chunkmill.store.delete import begin_deletion
 AGES_SINCE = "0006"
 """The migration since which contents have an age."""
 SLICE = 5_000
-"""Contents deleted in one transaction, which keeps enqueues and writes out while it runs: 0.2 s at 384 dimensions."""
+"""How many contents one transaction deletes. It keeps enqueues and writes waiting: 0.2 s at 384 dimensions."""
 
 _OPEN = {"enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
-"""What an open job has embedded is needed, even if its collection has left the job's space."""
+"""Vectors that an open job has made are kept, even if its collection has left the job's space."""
 
 # The statements count 60 bytes per text and 64 per vector for the hash, and for what Postgres keeps with each row.
 
@@ -162,7 +162,7 @@ def _delete_slice(
 ) -> dict[str, Amount]:
     """Delete one slice of ``doomed``, except what somebody refers to by now. Returns how much went from each table."""
     begin_deletion(conn)
-    spaces = all_tables(conn)  # one that nobody used may have been dropped since
+    spaces = all_tables(conn)  # a space that nothing used may have been dropped since
     deleted = {
         space.table_name: _delete_vectors(conn, space, by_space[space.id]) for space in spaces if space.id in by_space
     }
@@ -217,8 +217,9 @@ def _delete_vectors(conn: sa.Connection, space: VectorTable, hashes: Sequence[by
         SELECT count(*) AS rows, coalesce(sum(bytes), 0)::bigint AS bytes
         FROM deleted
     """
-    # Asked for in the transaction of the deletion: until then a collection may have come to this space. One that comes
-    # now has no window that is written before the deletion ends, and a pass over its texts finds what it lacks.
+    # This is checked in the transaction of the deletion, because a collection may have come to this space until then.
+    # If one comes later, none of its windows is written before the deletion ends, and a pass over its texts finds the
+    # vectors that it lacks.
     collections = others.collections_in(conn, space.id)
     parameters = {"space": space.id, "collections": collections, "hashes": list(hashes)}
     row = conn.execute(with_constants(delete, **_OPEN), parameters).one()

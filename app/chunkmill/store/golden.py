@@ -16,7 +16,7 @@ from chunkmill.domain.results import SearchTuning
 STEP = 1_000
 """How many queries one statement writes."""
 TITLE_STEP = 500
-"""How many texts are read at once in the search for titles."""
+"""How many texts are read at once when titles are looked for."""
 
 
 def add(conn: sa.Connection, collection_id: int, queries: Iterable[GoldenQuery]) -> None:
@@ -43,7 +43,9 @@ def add(conn: sa.Connection, collection_id: int, queries: Iterable[GoldenQuery])
 
 
 def read(conn: sa.Connection, collection_id: int, *, most: int | None = None) -> list[GoldenQuery]:
-    """The queries of a collection, by id; with ``most`` no more than so many, which chance has chosen once."""
+    """The queries of a collection, by id; with ``most`` at most this many, chosen at random, and the same ones each
+    time.
+    """
     query = """
         SELECT query_id, text, relevant, is_title
         FROM (
@@ -119,7 +121,7 @@ def texts(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[str]) -> 
 
 
 def titles(conn: sa.Connection, collection_id: int, most: int) -> list[GoldenQuery]:
-    """Up to ``most`` titles of chunks, which chance chooses, as queries for these chunks.
+    """Up to ``most`` titles of chunks chosen at random, as queries for these chunks.
 
     A content hash is as good as a random number, so chunks are taken in the order of theirs; the same collection gives
     the same titles. A title that several texts have would ask for one of them only, and is left out.
@@ -161,7 +163,7 @@ def titles(conn: sa.Connection, collection_id: int, most: int) -> list[GoldenQue
 
 
 def keep_tuning(conn: sa.Connection, collection_id: int, space_id: int, tuning: SearchTuning) -> None:
-    """Let the searches of a collection in a space be mixed as ``tuning`` says."""
+    """Store ``tuning``: searches of the collection in this space are mixed in this way from now on."""
     insert = """
         INSERT INTO search_tunings (collection_id, space_id, alpha, report)
         VALUES (:collection, :space, :alpha, CAST(:report AS jsonb))

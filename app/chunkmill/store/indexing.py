@@ -47,18 +47,19 @@ from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 
 TRIGGER_PATIENCE_S = 1
-"""How many seconds the creation of a trigger waits for transactions that write, because others wait behind it. It is
-tried again later."""
+"""How many seconds the creation of a trigger waits for transactions that write. It is short because others wait behind
+it; the creation is tried again later."""
 logger = logging.getLogger(__name__)
 
 BEGIN_TRIES = 6
-"""How often somebody who asks for an index lets it begin."""
+"""How often a call that wants an index tries to begin it."""
 BEGIN_PATIENCE_S = 10
-"""How many seconds the beginning of an index waits for transactions that write, while others go on."""
+"""How many seconds the beginning of an index waits for transactions that write. Others are not held up meanwhile."""
 LOOK_S = 0.1
-"""How many seconds pass until somebody who waits for another builder looks again."""
+"""How many seconds pass between two checks whether another builder has finished."""
 STALE_PAUSE_S = 600
-"""At least how many seconds pass between two looks for rows that belong to no chunk, which read all segments."""
+"""How many seconds pass at least between two searches for rows that belong to no chunk, because such a search reads all
+segments."""
 DISK_FULL = "53100"
 """The SQLSTATE of a server whose disk, or whose /dev/shm, is full."""
 GRAPH_NODE_BYTES = 300
@@ -74,15 +75,15 @@ class BuiltSegment:
 
 
 def graph_bytes(kind: SegmentKind, rows: int, dimensions: int) -> int:
-    """About how many bytes of memory Postgres needs to build the graph of a segment of so many rows at once."""
+    """About how many bytes Postgres needs to build the graph of a segment with this number of rows in memory."""
     return rows * (GRAPH_NODE_BYTES + (dimensions // 8 if kind is SegmentKind.BITS else 2 * dimensions))
 
 
 def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False) -> BuiltSegment | None:
     """Make a flat segment of a collection's tail, or begin its serving index.
 
-    Returns None if nothing is to do. If another builder is at it, this returns None at once, or waits until that one
-    has finished if ``wait`` says so.
+    Returns None if nothing is to do. If another builder is working on it, this returns None at once, or with ``wait``
+    it waits until that one has finished.
     """
     with _building(db, BuilderKind.FLUSH, collection_id, space.id, wait=wait) as lock:
         if lock is None:
@@ -164,9 +165,9 @@ def merge(
 
 
 def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False) -> None:
-    """Flush and merge until what the collection has by now is in segments of the right size.
+    """Flush and merge until all that the collection has when this begins is in segments of the right size.
 
-    What is written meanwhile is left to the poller, or this would last as long as somebody writes. Raises
+    What is written meanwhile is left to the poller; otherwise this would go on for as long as somebody writes. Raises
     :class:`StoreUnavailable` if an index that the collection needs cannot begin.
     """
     for _ in range(BEGIN_TRIES):
@@ -188,7 +189,7 @@ def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int
             break
     with db.begin() as conn:
         index = segments.find(conn, collection_id, space.id)
-    # A merge lessens the segments, or makes a graph of one or writes one anew.
+    # The loop ends, because each merge makes the segments fewer, builds a missing graph, or rewrites a segment.
     for _ in range(1 + 2 * len(index.segments) if index else 0):
         if merge(db, space, collection_id, memory_mb=memory_mb, compact=compact, wait=True) is None:
             break
@@ -197,7 +198,8 @@ def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int
 def drop_shared_graphs(db: sa.Engine, space: Space) -> list[str]:
     """Drop the graphs of a whole space that the last release built, if this role owns them. Returns their names.
 
-    No search of this release reads them, and every vector that is written enters them. Nobody waits meanwhile.
+    No search of this release reads them, and every vector that is written has to be added to them. Searches and writes
+    do not wait for the drop.
     """
     dropped = []
     # One at a time, under the key of merges; a space has the negative of its number there.
@@ -289,7 +291,7 @@ def _building(
     )
     with db.begin() as conn:
         is_of_space = segments.are_of_spaces(conn)
-        # Two pairs that share a key only wait for each other.
+        # If two pairs happen to have the same key, they only wait for each other.
         both = "SELECT hashint8(CAST(:collection AS bigint) << 32 | CAST(:space AS bigint))"
         pair = conn.execute(sa.text(both), {"collection": collection_id, "space": space_id}).scalar_one()
     keys = [_Key(of_collection, collection_id, is_shared=is_of_space)]
@@ -302,8 +304,8 @@ def _building(
 def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> BuiltSegment | None:
     """Begin the tail of a collection, and put into its first segment what has a chunk and a vector already.
 
-    If an earlier builder died in between, this begins again. Until the end, searches are exact. Returns None if writers
-    left no moment for it, so that it is tried again later.
+    If an earlier builder died in between, this begins again. Until the end, searches are exact. Returns None if
+    transactions that write never paused, so that it could not begin. It is tried again later.
     """
     if not _watch(conn, space, collection_id) or not _wait_for_writers(conn):
         return None
@@ -320,7 +322,8 @@ def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> Built
 
 
 def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:
-    """Let everybody who writes from now on fill the tail of the collection. False if a trigger could not be created.
+    """Make every later transaction that writes fill the tail of the collection. False if a trigger could not be
+    created.
 
     The first index of an installation, and of a space, creates triggers. Each is created in a transaction of its own,
     so that nobody waits behind several of them.
@@ -344,10 +347,10 @@ def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:
 
 
 def _wait_for_writers(conn: sa.Connection) -> bool:
-    """Wait until everybody who writes chunks or vectors now has ended. False if somebody takes too long.
+    """Wait until all transactions that write chunks or vectors now have ended. False if one takes too long.
 
-    They hold the shared side of this lock until the end of their transactions. So every writer that has not seen the
-    index has committed, and all others fill the tail. To take the lock itself would hold up all who come meanwhile.
+    They hold this lock in shared mode until they end. So every writer that has not seen the index has committed, and
+    all others fill the tail. Taking the lock itself would hold up all writers that come meanwhile.
     """
     deadline = time.monotonic() + BEGIN_PATIENCE_S
     with conn.begin():
@@ -362,15 +365,15 @@ def _wait_for_writers(conn: sa.Connection) -> bool:
 
 
 def _take_time(conn: sa.Connection) -> None:
-    """A large segment takes longer than statements may take that somebody waits for."""
+    """Switch off ``statement_timeout`` for this transaction, because a large segment takes longer than it allows."""
     conn.execute(sa.text("SET LOCAL statement_timeout = 0"))
 
 
 def drop_left_behind(db: sa.Engine) -> int:
     """Drop the segments of collections in spaces in which they have no serving index any more.
 
-    The collection moved, has left the space, or is gone. Returns how many. What is being built or was read lately is
-    left for later.
+    The collection moved, has left the space, or is gone. Returns how many. Segments that are being built or were read
+    lately are left for later.
     """
     query = """
         SELECT DISTINCT s.collection_id, s.space_id
@@ -413,7 +416,7 @@ def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tupl
     A collection comes once for each of its spaces. The index of a space that is being filled begins when the filling
     is over, because one large segment is built faster than a tail that is flushed again and again.
 
-    It is one query, so that collections at rest cost a poller nothing, however many there are. Before a flush, the
+    It is one query, so that collections without work cost a poller nothing, however many there are. Before a flush, the
     indexes of collections that moved to another space, or are gone, are forgotten.
     """
     has_others = others.are_kept(conn)
@@ -498,7 +501,7 @@ def _forget_moved(conn: sa.Connection, *, has_others: bool) -> None:
 def index_metadata(db: sa.Engine) -> None:
     """Build the index that finds chunks by their metadata, if this role owns the chunks. Writers go on meanwhile.
 
-    What an interrupted build left is built again: writes maintain it, and no query uses it.
+    An index that an interrupted build has left is built again, because writes maintain it although no query can use it.
     """
     look = """
         SELECT pg_has_role(t.relowner, 'USAGE') AS may, i.indisvalid
@@ -510,7 +513,7 @@ def index_metadata(db: sa.Engine) -> None:
         row = conn.execute(sa.text(look)).one()
     if not row.may or row.indisvalid:
         return
-    # CREATE INDEX CONCURRENTLY waits for the transactions of others, and two who build at once would wait for each
+    # CREATE INDEX CONCURRENTLY waits for other transactions, and two builders at the same time would wait for each
     # other. It cannot run inside a transaction.
     with (
         _alone(db, [_Key(METADATA_LOCK, 0)], wait=True),

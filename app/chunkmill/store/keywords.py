@@ -7,8 +7,8 @@ the number of times that the text has it, less and less, and normalisation 1 div
 length. That is BM25 in all but its constants (decision 70 compares them).
 
 A search costs about the same in a collection of any size, because common terms only add to the score of texts that a
-rarer term or the vectors have found. Of the terms, rarest first, so many are looked up as match ``MAX_MATCHES`` texts
-together. The statistics of the table say how common a term is, and a term that is not in them is counted.
+rarer term or the vectors have found. Terms are looked up, the rarest first, until they match about ``MAX_MATCHES``
+texts together. The statistics of the table say how common a term is, and a term that is not in them is counted.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from chunkmill.store import golden
 from chunkmill.system.numbers import NDArray, np
 
 MAX_MATCHES = 10_000
-"""So many texts are ranked by keywords. On two busy cores that takes 0.3 s by one term and 0.7 s by 24 terms."""
+"""About how many texts are ranked by keywords. On two busy cores that takes 0.3 s by one term and 0.7 s by 24 terms."""
 MAX_LEXEMES = 48
-"""So many words of a query are looked at, in the order of the text."""
+"""How many words of a query are read, in the order of the text."""
 MAX_TERMS = 24
-"""So many terms of a query count, the rarest."""
+"""How many terms of a query count: the rarest ones."""
 WINDOW = 2_000
 """How many chunks get their keywords in one transaction: about 1 s for texts of 80 words."""
 PATIENCE_S = 10
-"""How many seconds the beginning waits for transactions that write. It is tried again later."""
+"""How many seconds the creation of a table of keywords waits for transactions that write. It is tried again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Term:
     query: str
     """As a tsquery."""
     carriers: tuple[str, ...]
-    """The lexemes or the prefix that a text needs to have it: of a phrase all of its lexemes, the rarest first."""
+    """The lexemes or the prefix that a text must have to match; for a phrase, all of its lexemes, the rarest first."""
     weight: float = 0.0
     """How much it says that a text has the term."""
     matches: int = 0
@@ -132,10 +132,10 @@ def choose_mix(
     k: int,
     offset: int | None = None,
 ) -> tuple[KeywordIndex, Hybrid] | None:
-    """The keywords to mix in, and how; None if the search goes by vectors alone.
+    """The keywords to mix in, and how; None if the search uses vectors alone.
 
-    If ``how`` is None, the golden queries have chosen; then a search that cannot be mixed is not. Otherwise this raises
-    :class:`InvalidInput` if it cannot be.
+    If ``how`` is None, what the golden queries chose is used, and a search that cannot be mixed uses vectors alone. If
+    ``how`` is given and the search cannot be mixed, this raises :class:`InvalidInput`.
     """
     if how is False:
         return None
@@ -184,7 +184,7 @@ def create(conn: sa.Connection, collection_id: int, language: str) -> str:
     """Create the table of a collection's keywords, if there is none. Returns its language, with its schema.
 
     Raises :class:`InvalidInput` if Postgres has no such text search configuration, and :class:`StoreUnavailable` if
-    writers left no moment for the triggers.
+    transactions that write never paused, so that the triggers could not be created.
     """
     known = languages(conn)
     if language not in known:
@@ -221,7 +221,7 @@ def forget_dropped(conn: sa.Connection, collection_id: int) -> None:
 
 
 def fill(db: sa.Engine, collection_id: int, *, deadline: float | None = None) -> bool:
-    """Give the chunks that were there before their keywords, window by window. Returns whether all have theirs.
+    """Add keywords for the chunks that existed before, window by window. Returns whether all have theirs.
 
     It may be interrupted at any point; the next call goes on. Several may do it at once: one works on a window, and
     the others return. ``deadline`` is a time of ``time.monotonic``, at which this returns too.
@@ -238,7 +238,7 @@ def fill(db: sa.Engine, collection_id: int, *, deadline: float | None = None) ->
             parameters = {"collection": collection_id, "most": WINDOW}
             n_chunks = conn.execute(sa.text(call), parameters).scalar_one()
         if n_chunks < WINDOW:
-            # All are done, or somebody else is at it.
+            # All chunks have their keywords, or another process is adding them.
             with db.begin() as conn:
                 index = find(conn, collection_id)
             return index is not None and index.state is KeywordState.READY
@@ -247,7 +247,7 @@ def fill(db: sa.Engine, collection_id: int, *, deadline: float | None = None) ->
 
 
 def _begin(db: sa.Engine, collection_id: int) -> bool:
-    """Wait until all writers see the new table. False if they left no moment for it."""
+    """Wait until all writers see the new table. False if they never paused long enough."""
     try:
         # In a transaction of its own, because writers wait until its end.
         with db.begin() as conn:
@@ -325,7 +325,7 @@ def read_terms(conn: sa.Connection, index: KeywordIndex, text: str) -> list[Term
         elif kind == 1:
             term = Term(f"{quoted[0]}:*", (f"{quoted[0]}:*",))
         else:
-            # A phrase of one lexeme beside stop words is a word.
+            # A phrase that consists of one lexeme and stop words is treated as a word.
             term = Term(query if len(quoted) > 1 else quoted[0], quoted)
         terms[term.query] = term
     return _weighed(conn, index, list(terms.values()))
@@ -493,7 +493,7 @@ def score_both(
     terms: Sequence[Term],
     chunk_ids: Sequence[str],
 ) -> list[Candidate]:
-    """The cosine and the keyword score of chunks of the collection by their ids, but of those without a vector."""
+    """The cosine and the keyword score of chunks of the collection, by id. Chunks without a vector are left out."""
     score, of_terms = _score(terms)
     statement = f"""
         SELECT c.chunk_id,
@@ -526,7 +526,7 @@ def score_text(conn: sa.Connection, index: KeywordIndex, terms: Sequence[Term], 
 
 
 def depth(k: int, offset: int | None) -> int:
-    """How many of the nearest chunks a mixed search for so many hits is given.
+    """How many of the nearest chunks a mixed search for this number of hits is given.
 
     With an offset it is always the same number, because pages that have other candidates would not fit together.
     """
@@ -549,9 +549,9 @@ def search_mixed(
     """The ``k`` chunks that are best by a mix of the cosine to ``query``, ``(d,)``, and of the keywords of ``text``.
 
     ``nearest`` are the chunks that a search by vectors with the same filter ``where`` returned in this transaction, for
-    :func:`depth` hits. The candidates are these and the best by keywords. All get both scores, so that none counts as
-    unlike because the other search did not return it. Raises :class:`StoreUnavailable` if somebody drops the keywords
-    meanwhile.
+    :func:`depth` hits. The candidates are these and the best by keywords. All of them get both scores, so that no chunk
+    gets a score of 0 only because one of the searches did not return it. Raises :class:`StoreUnavailable` if somebody
+    drops the keywords meanwhile.
     """
     pool = candidates(conn, index, space, query, text, nearest, most=depth(k, offset), where=where)
     cosines, scores = scores_of(pool)

@@ -21,9 +21,9 @@ class Work:
     """What is left to do of a ChunkBatch: ``(content_hash, text)`` of each content to embed, and counts of the rest.
 
     ``damaged`` are the hashes of contents whose stored text is another one, which must not be embedded. ``known`` is
-    how many contents have a vector by now; those of them whose text was cut are in ``truncated``, as
-    ``(content_hash, n_tokens)``. A hash that is in none of them was deleted since the enqueue. ``deletions`` says after
-    how many deletions the texts were read.
+    how many contents have a vector by now; those of them whose text was cut are in ``truncated``, as ``(content_hash,
+    n_tokens)``. If a hash is in none of these, its content was deleted since the enqueue. ``deletions`` is the count of
+    deletions at which the texts were read.
     """
 
     texts: list[tuple[bytes, str]]
@@ -35,8 +35,8 @@ class Work:
 
 def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
     """Read the texts of a ChunkBatch, without the contents that got a vector meanwhile."""
-    # A sequence shows its new value before the deletion that raised it commits. While the lock is held no deletion is
-    # half done, so texts and count are of one state.
+    # The sequence has its new value before the deletion that raised it commits. While the lock is held, no deletion is
+    # half done, so texts and count belong together.
     keep_deletions_out(conn)
     deletions = _count_deletions(conn)
     parameters = {"id": chunk_batch_id}
@@ -148,8 +148,8 @@ def read_vectors(
 def are_exact(space: Space) -> bool:
     """Whether the stored vectors of a space are those that its workers make, number by number.
 
-    Half precision rounds them, by up to one in two thousand. In a space of an earlier version, whose long texts were
-    split by another rule, workers make none.
+    Half precision rounds them, by up to one in two thousand. They are not exact in a space of an earlier version, whose
+    long texts were split by another rule, because no worker makes such vectors any more.
     """
     return not space.is_half and space.spec.long_text is not LongText.SPLIT_APART
 

@@ -1,4 +1,4 @@
-"""Which chunks of a collection a source does not have, and was written before the source was read.
+"""Finds the chunks of a collection that a source does not have and that were written before the source was read.
 
 A row of Postgres names the transaction that wrote it (``xmin``). The number of the next transaction, read while no
 window of an enqueue is under way, divides the chunks: what is written from then on has a number that is not smaller.
@@ -21,7 +21,8 @@ WINDOW = 20_000
 SOURCE_IDS = "source_ids"
 """The temporary table of a session with the ids that its source has."""
 REFUSED_IDS = "refused_ids"
-"""The temporary table of a session with the ids of what its source has and could not give: chunks and documents."""
+"""The temporary table of a session with the ids of chunks and documents that its source has, but whose text was
+refused."""
 
 _NEXT = "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint) AS number"
 """The number of the next transaction. The fence, and what is compared with it, must be counted in the same way."""
@@ -31,8 +32,8 @@ def is_old(written_by: str) -> str:
     """The condition in SQL that a row was written before the ``fence``. ``written_by`` is its ``xmin`` as a bigint, and
     ``n.number`` the number of the next transaction.
 
-    A row has the lowest 32 bits of a number. If it is so old that they mean another one, it is taken for a newer row at
-    worst, and stays.
+    A row has the lowest 32 bits of a number. If the row is so old that these bits stand for another number, it counts
+    as newer at worst, and stays.
     """
     return f"n.number - ((n.number - {written_by}) & 4294967295) < :fence"
 
@@ -69,8 +70,8 @@ def add_source_ids(conn: sa.Connection, ids: Sequence[str]) -> None:
 
 
 def add_refused_ids(conn: sa.Connection, ids: Sequence[str]) -> None:
-    """Note that the source has these, and that nobody knows their texts: the chunks of these ids, and those that
-    :mod:`chunkmill.chunking` cut from documents of these ids, stay."""
+    """Note that the source has these ids, and that their texts could not be read. The chunks with these ids stay, and
+    so do those that :mod:`chunkmill.chunking` cut from documents with these ids."""
     insert = f"INSERT INTO {REFUSED_IDS} SELECT unnest(CAST(:ids AS text[])) ON CONFLICT DO NOTHING"
     conn.execute(sa.text(insert), {"ids": list(ids)})
 

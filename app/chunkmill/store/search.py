@@ -20,8 +20,8 @@ from chunkmill.system.numbers import NDArray, np
 MAX_EXACT = 30_000
 """If a filter leaves more chunks than this in a collection with graphs, the search is never exact."""
 GRAPH_ROW_COST = 4
-"""So many times longer it takes to meet a row in a graph and look whether its chunk passes a filter than to compare a
-chunk that passes with the query. Measured on 60,000 rows: 16 to 57 µs and 8 to 20 µs, on a busy machine."""
+"""How many times longer it takes to reach a row in a graph and check whether its chunk passes a filter than to compare
+a chunk that passes with the query. Measured on 60,000 rows: 16 to 57 µs and 8 to 20 µs, on a busy machine."""
 FLAT_ADVANTAGE = 10
 """How many times faster a row is read in a flat segment than through the indexes of chunks and vectors."""
 MAX_K_THROUGH_SEGMENTS = 500
@@ -39,10 +39,10 @@ last number is pgvector's maximum."""
 BITS_BY_ROWS = 2_000
 """The same if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and with 2,000 0.995."""
 MORE_CANDIDATES = 10
-"""At least so many candidates more than hits are compared by their vectors, because the order of a segment is that of
-half precision."""
+"""How many more candidates than hits are compared by their vectors at least, because a segment orders its rows in half
+precision."""
 JUDGED = 20
-"""How many of the nearest candidates say whether a query lies among its neighbours or beside them."""
+"""How many of the nearest candidates are used to tell whether a query lies among its neighbours or beside them."""
 LEAST_SPREAD = 0.92
 """If the first ``JUDGED`` candidates are on average less than this many times as far from each other as from the query,
 the query is not among them but beside them. A search of a graph is then often stuck in the nearest topic while the hits
@@ -65,12 +65,13 @@ class SpaceLeft(Exception):
 
 
 MOST_AT_ONCE = BEAM
-"""How many rows of a graph are read before their chunks are looked at. If so many are too few, they are looked at one
-after the other, until enough have passed. ``LEAST_SPREAD`` holds for this beam alone. With one of 576, for a filter
-that leaves 5 % of 100,000 rows, the recall of queries about other topics was 0.94 instead of 0.99, and it took longer.
+"""How many rows of a graph are read before their chunks are looked at. If too few of these pass the filter, rows are
+checked one after the other until enough have passed. ``LEAST_SPREAD`` holds for this beam alone. With a beam of 576,
+for a filter that leaves 5 % of 100,000 rows, the recall of queries about other topics was 0.94 instead of 0.99, and it
+took longer.
 """
 MARGIN = 1.3
-"""So many times more rows of a graph are read than should be enough by the share that passes."""
+"""How many times more rows of a graph are read than should be enough, given the share that passes."""
 
 
 def search(
@@ -90,8 +91,8 @@ def search(
 
     The search is exact if ``exact`` says so, if the collection has no serving index, or if few chunks pass the filter
     ``where``. Otherwise its candidates come from the segments and the tail, and are ordered by their exact distance.
-    With an ``offset``, which may be 0, so many of the nearest are left out, and all offsets cut one and the same list.
-    ``without`` is the id of a chunk that is left out. Call it first in its transaction.
+    With an ``offset``, which may be 0, this many of the nearest are left out. The hits of all offsets come from one and
+    the same list. ``without`` is the id of a chunk that is left out. Call it first in its transaction.
     """
     (hits,) = search_all(
         conn,
@@ -176,7 +177,7 @@ def search_all(
 
 
 def see_one_moment(conn: sa.Connection) -> None:
-    """Let all statements of a transaction see what was committed before the first of them.
+    """Make all statements of a transaction see the database as it was at the first of them.
 
     Otherwise a content could leave the tail between two statements of a search and be in no segment yet.
     """
@@ -270,7 +271,7 @@ class _CallContext:
     def list_passing(self, index: ServingIndex, k: int) -> tuple[_PassingChunks | None, float, str]:
         """The chunks that pass the filter, if they are so few that an exact search is better; else why it is not.
 
-        Between the two stands about what share of the collection passes.
+        The number in the middle is about what share of the collection passes.
         """
         few, share = _few(index, k), 1.0
         if index.has_graphs:
@@ -319,7 +320,7 @@ class _CallContext:
         )
         is_beside = index.has_graphs and near.spread < LEAST_SPREAD
         if is_beside:
-            # Among so many of the nearest rows there are enough that pass. If not, the search becomes exact.
+            # Among this many of the nearest rows there should be enough that pass. If not, the search becomes exact.
             scanned = math.ceil(2 * (BITS_BY_ROWS if index.has_bits else candidates) / max(self.share, 0.001))
             rows = _through_segments(self.space, index.segments, self.filtered, by_rows=True)
             near = self._near(rows, {**parameters, "k": candidates, "beam": BITS_BY_ROWS, "scanned": scanned})
@@ -340,10 +341,11 @@ class _CallContext:
     def _nearest_at_once(
         self, parameters: dict[str, object], candidates: int, index: ServingIndex
     ) -> _NearestHits | None:
-        """The nearest that pass the filter, among so many rows of each graph as are enough by the share that passes.
+        """The nearest that pass the filter, among as many rows of each graph as should be enough, given the share that
+        passes.
 
-        One statement reads them, looks which of them pass, and says where the query is among all of them. None if there
-        is no filter, if a graph is not one of vectors, or if too few rows passed.
+        One statement reads them, checks which of them pass, and tells where the query lies among all of them. None if
+        there is no filter, if a graph is not one of vectors, or if too few rows passed.
         """
         at_once = math.ceil(MARGIN * candidates / max(self.share, 1e-6)) + JUDGED
         if not (self.filtered and index.has_graphs) or index.has_bits or at_once > MOST_AT_ONCE:
@@ -358,7 +360,8 @@ class _CallContext:
         beam = min(WIDEST_BEAM, max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(BEAM, 2 * candidates))
         is_judged, spread = index.has_graphs and bool(self.filtered or index.has_bits), math.inf
         if is_judged:
-            # What passes a filter, or comes from a wide beam, is further away and says less about where the query is.
+            # Rows that pass a filter, or that a wide beam has found, are further away and say less about where the
+            # query lies.
             self._set_beam(BEAM)
             all_of_it = _through_segments(self.space, index.segments, "")
             spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": BEAM}).spread
@@ -404,7 +407,7 @@ class _CallContext:
 
 
 def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The query with length 1, which half precision can hold. Cosine asks for the direction alone."""
+    """The query scaled to length 1, so that half precision can hold it. The cosine depends only on the direction."""
     exact = query.astype(np.float64)
     norm = np.linalg.norm(exact)
     return exact / norm if norm > 0 else exact
@@ -459,7 +462,8 @@ def _exact(space: Space, filtered: str) -> str:
 
 
 _CANDIDATES = {SegmentKind.FLAT: ":k", SegmentKind.HNSW: ":k", SegmentKind.BITS: ":beam"}
-"""How many candidates a segment gives, in SQL. Of bits, which tell less, all that the search of a graph keeps."""
+"""How many candidates a segment gives, in SQL. For bits, which tell less, these are all that the search of a graph
+keeps."""
 
 
 def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *, by_rows: bool = False) -> str:

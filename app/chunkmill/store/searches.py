@@ -2,7 +2,7 @@
 
 A row counts the searches of a minute in one bucket of the latency histogram, so that any number of processes add to it.
 The rows of a minute become those of an hour later. No row refers to a collection or a space by a foreign key, because
-the key would lock the collection that a re-embedding is about to flip; a poller deletes what belongs to none.
+that would lock the row of a collection that is about to flip. A poller deletes rows whose collection is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Key(NamedTuple):
     collection_id: int
     space_id: int
     at: int
-    """The begin of the minute, as Unix time."""
+    """The beginning of the minute, as Unix time in seconds."""
     bucket: int
 
 
@@ -91,7 +91,7 @@ def add(conn: sa.Connection, counts: Mapping[Key, int]) -> None:
 def read(conn: sa.Connection, collection_id: int, *, since: datetime) -> dict[int, CountedSearches]:
     """``space id → searches`` of a collection since the minute of ``since``. Processes write every few seconds.
 
-    Of what is older than two hours, whole hours are counted.
+    Counts that are older than two hours exist for whole hours only.
     """
     if not are_kept(conn):
         return {}
@@ -127,8 +127,8 @@ def read(conn: sa.Connection, collection_id: int, *, since: datetime) -> dict[in
 def add_feedback(
     conn: sa.Connection, *, collection_id: int, space_id: int, number: bytes, chunk_id: str
 ) -> bool | None:
-    """Note that a hit of a search was what somebody wanted. Returns whether that is new; None if there is no such
-    chunk in the collection any more."""
+    """Note that a hit of a search was what somebody wanted. Returns False if the same was noted before; None if the
+    collection does not have the chunk any more."""
     insert = """
         WITH meant AS (
             SELECT FROM chunks WHERE collection_id = :collection AND chunk_id = :chunk
@@ -147,7 +147,7 @@ def add_feedback(
 
 
 def tidy(conn: sa.Connection) -> None:
-    """Make hours of old minutes, and delete what is too old or belongs to no collection any more."""
+    """Sum the counts of old minutes by the hour, and delete counts that are too old or whose collection is gone."""
     if not are_kept(conn):
         return
     hours = """

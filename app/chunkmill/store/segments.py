@@ -16,14 +16,17 @@ from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces.registry import Space
 
 ARE_KEPT = "to_regclass(quote_ident(current_schema()) || '.serving_indexes') IS NOT NULL"
-"""True in SQL if this installation has serving indexes. Another one may have them in a later schema of the path."""
+"""True in SQL if this installation has serving indexes. It looks only into the installation's own schema, because
+another installation may have them in a later schema of the path."""
 GRACE_S = 300
 """How many seconds a retired segment stays for searches that began before."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServingIndex:
-    """What serves the searches of a collection in a space beside the tail. Until ``is_ready`` it lacks old chunks."""
+    """The segments that serve the searches of a collection in a space, together with the tail. Until ``is_ready``, old
+    chunks are missing from them.
+    """
 
     is_ready: bool
     segments: tuple[Segment, ...]
@@ -112,7 +115,7 @@ def are_of_spaces(conn: sa.Connection) -> bool:
 
 
 def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind, *, space_id: int | None = None) -> int:
-    """Drop what a dead builder of this kind left half built, and what was retired long enough ago.
+    """Drop segments that a dead builder of this kind left half built, and those that were retired long enough ago.
 
     With ``space_id`` that is what belongs to this space. Only the holder of that builder's lock may call it, of the
     lock of the collection or of that of the space. Returns how many segments were dropped.

@@ -17,8 +17,8 @@ from chunkmill.spaces.registry import Space, VectorTable
 def stage(conn: sa.Connection, chunks: Iterable[PreparedChunk]) -> None:
     """COPY the window's chunks, without their texts, into a staging table, and keep deletions out."""
     lock_shared(conn, DELETE_LOCK)
-    # A table that stayed with the pooled connection would hold back the age of the whole database, which no vacuum can
-    # lower then. To create it anew costs a millisecond.
+    # The table is created anew each time, which costs a millisecond. If it stayed with the pooled connection, vacuum
+    # could not advance the transaction age of the database.
     create = """
         CREATE TEMP TABLE IF NOT EXISTS staged_chunks (
             chunk_id text, content_hash bytea, metadata jsonb
@@ -36,7 +36,7 @@ def known_vectors(conn: sa.Connection, space: Space) -> dict[bytes, KnownVector]
         FROM {space.table_name} v
         JOIN (SELECT DISTINCT content_hash FROM staged_chunks) s USING (content_hash)
     """
-    # fetchall, because row by row costs four times as much, which is a tenth of a cached enqueue.
+    # This uses fetchall, because reading row by row takes four times as long, a tenth of a cached enqueue.
     rows = conn.execute(sa.text(query)).fetchall()
     return {content_hash: KnownVector(n_tokens, truncated) for content_hash, n_tokens, truncated in rows}
 
@@ -88,7 +88,9 @@ def add_contents(conn: sa.Connection, missing: Mapping[bytes, bytes]) -> None:
 
 
 def _repair_damaged(conn: sa.Connection) -> None:
-    """Replace the texts of staged contents that are not those which the hash names. Nearly always there is none."""
+    """Replace the texts of staged contents that are not those which the hash names. Nearly always there is no such
+    text.
+    """
     # OFFSET 0 as in `merge_chunks`.
     select_damaged = """
         SELECT s.content_hash

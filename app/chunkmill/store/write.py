@@ -74,8 +74,8 @@ def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int
 def relax_durability(conn: sa.Connection) -> None:
     """Let this transaction commit without waiting for the disk.
 
-    If Postgres crashes, the last fraction of a second is lost as a whole: the vectors, and the state in Postgres that
-    counts on them, because a later commit never survives if an earlier one is lost. A process that counts on the
-    vectors must look whether they are there.
+    If Postgres crashes, all commits of the last fraction of a second may be lost: the vectors, and also every later
+    state that relies on them, because a later commit never survives an earlier one that is lost. A process that relies
+    on the vectors must check whether they are there.
     """
     conn.execute(sa.text("SET LOCAL synchronous_commit = off"))

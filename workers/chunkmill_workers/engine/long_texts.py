@@ -28,12 +28,15 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 LONG_TEXT: Final = 65_536
 """Characters from which a text is handled here. Shorter ones are tokenized whole, many in one call."""
 
-# The most characters of a call, unless a text has no place between two words for so long: about 110 MB.
+# The most characters of a call, which take about 110 MB. A call has more if a longer stretch of a text has no place
+# between two words.
 _PIECE: Final = 500_000
-# first_ids gives up at so long a beginning, or when its comparison would tokenize more characters than this.
+# first_ids gives up if the beginning that it needs, or what its comparison would tokenize, has more characters than
+# this.
 _LONGEST_BEGINNING: Final = 1_000_000
 _MOST_COMPARED: Final = 4_000_000
-# Tokens that must follow those that are asked for, so that none of them is at the end of the beginning.
+# How many more tokens than those that are asked for must be read, because the last ones of a beginning may change with
+# what follows.
 _MORE: Final = 8
 
 # The last place between two words of ASCII letters: normalisers do not act across it. The next piece begins with the

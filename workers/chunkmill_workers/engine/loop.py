@@ -33,8 +33,8 @@ from chunkmill_workers.engine.windows import Ids
 
 logger = logging.getLogger(__name__)
 
-# How many TokenBatches of more urgent classes may run before one that waits. Then one of its class runs, so a flood of
-# queries slows a job down and never stops it.
+# How many TokenBatches of more urgent classes may run while a less urgent one waits. Then one of its class runs, so a
+# flood of queries slows a job down and never stops it.
 URGENT_RUN = 8
 # How long after a query less urgent passes stay short, as if somebody waited: the next query may come while
 # one of them runs. They have as many tokens as the device thread computes in SHORT_PASS_SECONDS, and not fewer than
@@ -50,9 +50,9 @@ MOST_DEVICE_THREADS = 8
 # The least tokens of a pass that may use all cores. A text of 13 tokens takes 8.9 ms on one core, and 7.5 to 15 ms on
 # two, depending on where the scheduler puts them.
 ALL_CORES_FROM = 128
-# An idle device thread ends, so that an engine nobody uses any more leaves nothing behind; the next text starts another
-# thread. It is not a daemon, because the interpreter ends those in the middle of torch's C++. So it has to check itself
-# whether the program is over, every _LOOK_SECONDS.
+# An idle device thread ends, so that an engine that is not used any more leaves no thread behind; the next text starts
+# another thread. It is not a daemon, because the interpreter ends those in the middle of torch's C++. So it has to
+# check itself whether the program is over, every _LOOK_SECONDS.
 IDLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 
@@ -73,7 +73,7 @@ class StreamResult:
 
 
 class Rank(IntEnum):
-    """The classes of work, the most urgent first."""
+    """The classes of work, in order: the most urgent comes first."""
 
     INTERACTIVE = 0
     """Somebody waits for a few short texts."""
@@ -255,7 +255,8 @@ class DeviceLoop:
                 if selection is None or len(flying) >= self._most_in_flight:
                     self._land(flying.popleft(), then=flying[0] if flying else None)
         except BaseException as error:
-            # A defect of ours. Every caller that waits must hear of it, or it would wait for ever.
+            # This is a defect of ours. Every caller that waits must get the error, because otherwise it would wait for
+            # ever.
             logger.exception("a device thread failed because of a defect in Chunkmill")
             with self._changed:
                 self._threads.pop(threading.current_thread(), None)

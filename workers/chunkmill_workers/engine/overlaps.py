@@ -32,9 +32,9 @@ from chunkmill_workers.engine.windows import Ids
 _WINDOW: Final = 131_072
 # The least characters between a place and the end of either window.
 _MARGIN: Final = 1_024
-# So many tokens on each side of a place must be the same in both windows.
+# How many tokens on each side of a place must be the same in both windows.
 _AROUND: Final = 16
-# So many tokens of a window are looked at, from its end, and so many places are tried in a second window.
+# How many tokens of a window are examined, from its end, and how many places are tried in a second window.
 _MOST_TOKENS: Final = 4_096
 _MOST_TRIALS: Final = 16
 

@@ -31,7 +31,7 @@ _FP16_FAMILIES: Final = frozenset(
 # 4,096 tokens in a pass: bf16 11.1 / 10.9 / 10.8 / 9.6, fp32 6.7 / 6.7 / 6.3 / 5.4. Longer passes do not fit the cache.
 # With shorter passes, models with wider layers spend more time on calls.
 CPU_BATCH_TOKENS: Final = 1024
-# Not measured on a GPU yet. With so many tokens a pass takes longer than Python takes to start it (about 2 ms for
+# Not measured on a GPU yet. With this many tokens a pass takes longer than Python takes to start it (about 2 ms for
 # twelve layers).
 CUDA_BATCH_TOKENS: Final = 32_768
 

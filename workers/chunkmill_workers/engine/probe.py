@@ -1,8 +1,8 @@
-"""One look at a model before it is used: does it give the vectors that its folder promises?
+"""Tests a model before it is used: does it give the vectors that its folder promises?
 
 A model may load and still fail with every text: because it projects its token vectors to another width, because a
 kernel does not know the number format, or because a text's vector depends on the texts beside it. Such a model is
-refused when it is loaded, with a sentence, and not at the first text of a job.
+refused when it is loaded, with a sentence that says why, and not at the first text of a job.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def require_fit(
 def _on_one_core(ask: Callable[[Sequence[Ids]], None], rows: Sequence[Ids]) -> None:
     """Ask with one thread of torch, in a thread that is used for nothing else.
 
-    On two cores that others use too, so few tokens take 15 times as long, because each operation waits for both
-    (all-MiniLM-L6-v2: 600 ms instead of 40). The number is that of this thread, and of threads that start later, so it
-    is put back.
+    With two threads on two busy cores, these few tokens take 15 times as long, because each operation waits for both
+    threads (all-MiniLM-L6-v2: 600 ms instead of 40). The number is that of this thread, and of threads that start
+    later, so it is put back.
     """
     before = cpu_threads()
     torch.set_num_threads(1)

@@ -107,7 +107,8 @@ class Runner:
             self._start(started, self.backend)
         except Exception as error:  # noqa: BLE001 - the cause may be one text or the device
             _note(started, error)
-        # Return after the except block, because its traceback keeps the failed pass's tensors and their memory alive.
+        # Return after the except block, because the traceback of an error keeps the failed pass's tensors and their
+        # memory alive.
         return started
 
     def finish(self, started: Pass) -> PassResult:
@@ -138,7 +139,7 @@ class Runner:
     def attempt(self, batch: TokenBatch) -> NDArray[np.float32]:
         """The vectors of one pass as they come, (n, width) float32. Raises what the model raises.
 
-        Nothing is run again, and the width is the model's own: this is for a look at the model, not for texts.
+        Nothing is run again, and the width is the model's own: this is for testing the model, not for texts.
         """
         started = Pass(batch)
         self._start(started, self.backend)

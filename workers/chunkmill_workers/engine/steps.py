@@ -1,4 +1,4 @@
-"""When the steps that may hang began, for a watchdog that looks from another thread."""
+"""Keeps the time at which steps that may hang began, for a watchdog in another thread."""
 
 from __future__ import annotations
 

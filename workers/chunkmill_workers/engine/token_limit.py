@@ -15,7 +15,7 @@ from chunkmill.system.files import read_at_most
 logger = logging.getLogger(__name__)
 
 
-# After so many full passes that fitted, the number is doubled again. A pass that does not fit costs little more than
+# After this many full passes that fitted, the number is doubled again. A pass that does not fit costs little more than
 # itself, but when the number fails after it was raised, twice as many passes must fit before the next trial.
 TRIAL_AFTER = 64
 _LONGEST_PATIENCE = 65_536
@@ -32,8 +32,8 @@ class TokenLimit:
     def __init__(self, tokens: int, file: Path | None = None, *, least: int = 1) -> None:
         """``tokens`` is the configured number; a smaller one that ``file`` holds takes its place at first.
 
-        ``least`` is the smallest number that `shrink` may set: the model's longest row, because below it nothing is
-        won.
+        ``least`` is the smallest number that `shrink` may set: the model's longest row, because a smaller one would not
+        make passes smaller.
         """
         self._file = file
         self._most = tokens

@@ -74,7 +74,7 @@ class TextTokenizer:
 
     @classmethod
     def load_static(cls, folder: Path) -> TextTokenizer:
-        """The tokenizer of a StaticEmbedding module: tokenizer.json as it stands, without special tokens.
+        """The tokenizer of a StaticEmbedding module: tokenizer.json as it is, without special tokens.
 
         Raises ModelLoadError.
         """

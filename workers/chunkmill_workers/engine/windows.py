@@ -51,7 +51,7 @@ class Rows:
     """(texts,) int32: tokens before truncation, or ``limit + 1`` for a long text that was not read to its end; 0 if
     tokenizing failed."""
     truncated: NDArray[np.bool_]
-    """(texts,) bool: the text was cut to the limit."""
+    """(texts,) bool: the text was truncated to the limit."""
     failures: tuple[TextFailure, ...]
 
 

@@ -1,1 +1,2 @@
-"""The paid routes: ProviderBatches, step by step, and plain requests for what cannot wait. It never imports torch."""
+"""The paid routes: ProviderBatches, step by step, and plain requests for work that cannot wait. It never imports
+torch."""

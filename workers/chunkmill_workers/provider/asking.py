@@ -10,11 +10,11 @@ from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.oddities import tokens_factor
 
 BESIDE_ASKING_SECONDS = 30.0
-"""How long a request may take besides the wait for the provider's answer."""
+"""How many seconds a request may take in addition to the wait for the provider's answer."""
 
 
 def asking_seconds(context: ProviderContext) -> float:
-    """Longer than one request may take: a worker that has said nothing for so long is taken for dead."""
+    """More seconds than one request may take. A worker that was silent for longer counts as dead."""
     return context.settings.openai_timeout_seconds + BESIDE_ASKING_SECONDS
 
 

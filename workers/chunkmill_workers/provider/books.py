@@ -1,4 +1,4 @@
-"""Books what requests of one text or for those who wait cost, and what no answer confirmed."""
+"""Books what probes and questions (searches and ``client.embed``) cost, and what no answer confirmed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def book_silence(
     sent: Iterable[UnansweredRequests],
     silent: ProviderSilent,
 ) -> None:
-    """Book a plain request that ended with ``silent``: as lost if it was answered, else as charged perhaps."""
+    """Book a plain request that ended with ``silent``: as ``lost`` if it was answered, else as ``maybe_charged``."""
     if silent.was_sent:
         kind = AdjustmentKind.LOST if silent.answered else AdjustmentKind.MAYBE_CHARGED
         book_unanswered(conn, context, space, sent, kind=kind, reason=silent.brief)

@@ -1,7 +1,7 @@
 """Collects a ProviderBatch's results: reads both files, writes the vectors, and accounts for every content.
 
 A request's contents leave flight in the transaction that writes its vectors and books its charge. So reading a file
-twice changes nothing, and what is in flight at the end is what no line has answered.
+twice changes nothing, and the contents that are still in flight at the end are those that no line has answered.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ logger = logging.getLogger(__name__)
 FLUSH_BYTES = 8 * 1024 * 1024
 """How many bytes of result lines are read before their vectors are committed."""
 DOWNLOADS = 6
-"""How often a file is read until it is whole, which takes some minutes. What is still unanswered then was paid for and
-lost, and is sent again."""
+"""How often a file that is not whole is read again, which takes some minutes. Contents that are still unanswered then
+were paid for and lost, and are sent again."""
 SILENT_DOWNLOADS = 30
-"""The same if the provider does not answer or breaks off. It takes some hours, so that no outage is paid for."""
+"""How often it is read again if the provider does not answer or breaks off. That takes some hours, so that an outage
+does not cost money."""
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class ResultReader:
         self._answered: set[int] = set()
         self._of_another_model: set[int] = set()
         self.oddities: Counter[str] = Counter()
-        """How many lines should not be there, by kind."""
+        """How many lines of the files are not as they should be, by kind."""
 
     def read(self, file_id: str) -> None:
         """Read a file to its end. Raises ProviderError; what was read before stays committed."""
@@ -160,7 +161,7 @@ class ResultReader:
                 answered.add(rows, answer.prompt_tokens)
                 returned.refuse(rows, f"{refusal} Then: chunkmill lanes resume {Route.OPENAI}")
                 self._of_another_model.add(number)
-                self.oddities[OTHER_MODEL] = len(self._of_another_model)  # also if this commit is run again
+                self.oddities[OTHER_MODEL] = len(self._of_another_model)  # also if this transaction runs again
                 continue
             by_place = {row.packed.position: row for row in rows}
             made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize, half=space.is_half)
@@ -209,7 +210,9 @@ class ResultReader:
 
 @dataclass(slots=True)
 class _ReturnedContents:
-    """Contents that came back without a vector, by what follows: a dead chunk, a request alone, or another attempt."""
+    """Contents that came back without a vector, by what happens to them next: a dead chunk, a request alone, or another
+    attempt.
+    """
 
     dead: list[tuple[InFlight, str, str]] = field(default_factory=list)
     alone: list[tuple[InFlight, str]] = field(default_factory=list)
@@ -234,7 +237,9 @@ class _ReturnedContents:
                 self.limit = verdict
 
     def refuse(self, rows: Sequence[InFlight], reason: str) -> None:
-        """Take no vectors of another model. Every answer would be the same, so the lane stops."""
+        """Refuse the vectors, because another model made them. Every further answer would be refused too, so the lane
+        stops.
+        """
         self.failed += [(row, OTHER_MODEL, reason) for row in rows]
         self.stop = StopLane(OTHER_MODEL, reason)
 
@@ -303,7 +308,7 @@ def collect(context: ProviderContext, step: Step) -> Step:
                 reader.flush()
     step = reader.step
     completed = step.provider_status == RemoteStatus.COMPLETED
-    # A torn line means that the download broke off, whatever the status is.
+    # A line that is cut off means that the download broke off, whatever the status is.
     torn = bool(problem or reader.oddities["not_json"])
     if reader.unanswered and not problem and (completed or torn):
         problem = f"{reader.unanswered} requests have no answer in its files"
@@ -327,12 +332,15 @@ def _ask_again(conn: sa.Connection, step: Step, pause_s: float, problem: str, do
 def _end(
     context: ProviderContext, conn: sa.Connection, step: Step, oddities: Counter[str], problem: str | None
 ) -> Step:
-    """Return what no line has answered: uncharged if it surely never ran, else as a failed attempt, and booked."""
+    """Return the contents that no line has answered. If they surely never ran, no attempt is charged. Otherwise the
+    attempt has failed, and what they may have cost is booked.
+    """
     left = provider_inputs.remove_all(conn, step.id)
     reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
     if left:
         oddities = oddities + Counter({"unanswered": len(left)})
-        # What we cancelled is not charged either: the attempts that brought it had ended before.
+        # No attempt is charged for what we cancelled either, because the attempts that brought these contents had ended
+        # before.
         if problem or step.provider_status != RemoteStatus.EXPIRED:
             provider_work.charge_failure(
                 conn, {(row.chunk_batch_id, row.attempt): ("no_answer", reason) for row in left}

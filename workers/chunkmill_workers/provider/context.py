@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def make_provider(settings: Settings) -> Provider:
     """The provider that the settings name. Raises :class:`InvalidSetting` without a key or a package, too."""
-    cl100k()  # a missing package is reported now and not in the middle of a job
+    cl100k()  # so that a missing package is reported now and not in the middle of a job
     return Provider(settings)
 
 
@@ -94,7 +94,7 @@ class ProviderContext(QueueContext):
 
     @property
     def answer_seconds(self) -> float:
-        """The time of one request, while a ChunkBatch or a question is with the provider; else 0."""
+        """How many seconds one request may take if a ChunkBatch or a question is with the provider, otherwise 0."""
         return self.settings.openai_timeout_seconds if self.leases.n_held or self.questions else 0.0
 
     def book_abandoned(self) -> None:

@@ -34,7 +34,8 @@ VANISHED = "vanished"
 def require_own_key(context: ProviderContext, step: Step, what: str) -> None:
     """Raise :class:`ProviderStopped` if the ProviderBatch is followed with another key than this worker's.
 
-    Then it proves nothing that the provider does not find it: keys of another project do not see it.
+    In that case, that the provider does not find the batch proves nothing, because keys of another project do not see
+    it.
     """
     if step.key_digest in (None, context.provider.key_digest):
         return
@@ -93,7 +94,9 @@ def book_unanswered(
 
 
 def believed_usage(context: ProviderContext, step: Step, remote: RemoteBatch) -> int | None:
-    """How many tokens the provider charged for the whole batch, if it says so and that can be true of this model."""
+    """How many tokens the provider charged for the whole batch; None if it does not say, or if its number cannot be
+    true of this model.
+    """
     if remote.used_tokens is None:
         return None
     with context.begin() as conn:

@@ -1,4 +1,4 @@
-"""What every step and request of the paid routes may meet: a delay, a released lease, a lane that pauses or stops."""
+"""What may interrupt any step or request of the paid routes: a delay, a released lease, a lane that pauses or stops."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def pause_lane(context: ProviderContext, route: Route, busy: ProviderBusy, *, tr
 
 
 def pause_failing_lane(context: ProviderContext, route: Route, silent: ProviderSilent) -> float | None:
-    """Pause a lane for all workers if its requests get no answers. Returns the seconds of the pause; None if it works.
+    """Pause a lane for all workers if its requests get no answers. Returns the seconds of the pause; None if the lane
+    is not failing.
 
-    The pauses grow until some work is answered. A lane of which only the probes get answers is stopped in the end.
+    The pauses grow until some work is answered. If only probes get answers, the lane is stopped in the end.
     """
     pauses = context.health.pause(route)
     if pauses is None:
@@ -57,7 +58,7 @@ def pause_failing_lane(context: ProviderContext, route: Route, silent: ProviderS
     if context.health.is_hopeless(route):
         advice = f"Look at the server, and at OPENAI_REQUEST_INPUTS and OPENAI_TIMEOUT_SECONDS. {RESUME}"
         message = f"{HOPELESS} requests in a row got no answer, although one word did. The last: {silent.brief}"
-        context.health.answered(route)  # whoever resumes the lane may have fixed it
+        context.health.answered(route)  # the fault may be fixed when somebody resumes the lane
         stop_lane(context, route, ProviderStopped(message, advice=advice, provider_code=silent.code))
         return None
     delay_s = max(LEAST_PAUSE_S, backoff(pauses))

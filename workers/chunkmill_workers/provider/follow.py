@@ -41,13 +41,13 @@ LOOKS_FOR_RESULTS = 60
 LONGEST_HOURS = 7 * 24.0
 """A batch counts as overdue after this time at the latest, whatever the provider says of when it expires."""
 WINDOW_HOURS = 24.0
-"""The ``completion_window`` of our batches. None counts as overdue before."""
+"""The ``completion_window`` of our batches. Before it is over, no batch counts as overdue."""
 CANCEL_AFTER_S = 3600.0
 """How long after a batch should have ended it is cancelled."""
 GIVE_UP_AFTER_S = 6 * 3600.0
 """How long after its cancellation was requested a batch that has not ended is given up."""
 TOO_MANY = "too_many_tasks"
-"""The only code that says something about the provider: how much a batch may hold."""
+"""The only error code from which something is learnt about the provider: how much a batch may hold."""
 
 
 def poll(context: ProviderContext, step: Step) -> Step:
@@ -100,7 +100,9 @@ def _may_have_run(step: Step, remote: RemoteBatch) -> bool:
 
 
 def is_ours(remote: RemoteBatch, step: Step) -> bool:
-    """Whether a batch is the one that we created. A server that counts anew after a restart gives its id to another."""
+    """Whether a batch is the one that we created. A server that numbers batches anew after a restart gives the same id
+    to another batch.
+    """
     token = remote.metadata.get(TOKEN_KEY)
     if token is not None:
         return token == step.token
@@ -108,7 +110,7 @@ def is_ours(remote: RemoteBatch, step: Step) -> bool:
 
 
 def _seen(context: ProviderContext, step: Step, remote: RemoteBatch) -> dict[str, Any]:
-    """The columns that say what the provider says of the batch, as far as it can be true."""
+    """The columns for what the provider says of the batch. Values that cannot be true are left out."""
     n_done = (remote.completed or 0) + (remote.failed or 0)
     return {
         "provider_status": remote.status,
@@ -120,7 +122,8 @@ def _seen(context: ProviderContext, step: Step, remote: RemoteBatch) -> dict[str
 
 
 def _await_end(context: ProviderContext, step: Step, remote: RemoteBatch) -> RemoteBatch:
-    """Look again later at a batch that runs. One that never ends is warned of, cancelled, and at last given up.
+    """Check a running batch again later. If it never ends, the log has a warning, then it is cancelled, and at last
+    given up.
 
     Returns the batch if it has ended by being cancelled.
     """
@@ -177,7 +180,7 @@ def allowed_s(remote: RemoteBatch, hours: float) -> float:
 
 
 def _look_for_results(context: ProviderContext, step: Step, remote: RemoteBatch, seen: dict[str, Any]) -> NoReturn:
-    """Look again later: it ended, and names no result file, which some providers do for a while."""
+    """Check again later: the batch has ended but names no result file yet. Some providers are late with the names."""
     looks = step.looks + 1
     said = f"it is {remote.status} with {_done(remote)}, and names no result file yet"
     columns: dict[str, Any] = {**seen, "failures": 0, "looks": looks, "error": said}
@@ -204,7 +207,7 @@ def _done(remote: RemoteBatch) -> str:
 
 
 def _not_found(context: ProviderContext, step: Step, why: str) -> Step:
-    """Look again later, or collect without a result after the provider has not known the batch often enough."""
+    """Check again later. After enough checks in which the provider did not know the batch, go on without results."""
     require_own_key(context, step, f"batch {step.batch_id}")
     # Failures of another kind do not count: `failures` is theirs until the first poll that did not find the batch.
     looks = 1 + (step.failures if step.provider_status == VANISHED else 0)
@@ -223,7 +226,7 @@ def _not_found(context: ProviderContext, step: Step, why: str) -> Step:
 
 
 def _failed_validation(context: ProviderContext, step: Step, remote: RemoteBatch) -> Step:
-    """Decide what helps a batch that failed as a whole, before any of its requests ran: nothing was charged for it."""
+    """Decide what to do with a batch that failed before any of its requests ran. Nothing was charged for it."""
     verdict = after_validation_failure(
         remote.errors,
         attempts=step.resends + 1,
@@ -250,7 +253,8 @@ def _failed_validation(context: ProviderContext, step: Step, remote: RemoteBatch
 
 
 def _halve(context: ProviderContext, step: Step, verdict: Split, remote: RemoteBatch) -> Step:
-    """Move the second half of the contents into a ProviderBatch of its own, because nothing says which are at fault.
+    """Move the second half of the contents into a ProviderBatch of its own, because it is not known which contents are
+    at fault.
 
     Each half is tried once before it is halved in turn, and waits longer each time: an outage must not cut a
     ProviderBatch into single contents.

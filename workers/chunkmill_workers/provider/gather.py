@@ -50,8 +50,8 @@ class Contribution:
 def gather(context: ProviderContext, step: Step) -> Step | None:
     """``gathering`` → ``gathered``, or None if there was nothing to gather or the budgets leave no room.
 
-    If a plain request takes one of the contents meanwhile, or some of the month's money, the transaction is undone. It
-    is run again and leaves that out.
+    If a plain request takes one of the contents meanwhile, or some of the month's money, the transaction is rolled back
+    and run again without what was taken.
     """
     for tries_left in reversed(range(TRIES)):
         try:
@@ -108,7 +108,9 @@ def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step |
 
 
 def _waiting(conn: sa.Connection, space: Space) -> Iterator[WaitingChunkBatch]:
-    """High priority first. Jobs of one priority take turns, so that a small job need not wait for a large one."""
+    """The waiting ChunkBatches, those of high priority first. Jobs of one priority take turns, so that a small job need
+    not wait for a large one.
+    """
     for _, jobs in groupby(provider_work.open_jobs(conn, space), key=lambda job: job.priority):
         line = deque(jobs)
         while line:
@@ -164,7 +166,7 @@ class _BatchFiller:
         carriers = contribution.shared | ({self._step.id} if rows else set())
         provider_work.join(self._conn, lease, carriers)
         if not carriers:
-            # Nothing of it is to be sent: all contents have vectors, are dead, or are in plain requests that end soon.
+            # None of its contents is to be sent: each has a vector, is dead, or is in a plain request that ends soon.
             provider_work.settle(self._conn, self._space, [lease.chunk_batch_id])
         return not full
 

@@ -13,9 +13,9 @@ Form = tuple[str, int | None]
 """A model's name, and the dimensions that are asked for."""
 
 FAILURES = 3
-"""After so many requests in a row without an answer, the lane pauses."""
+"""After this many requests in a row without an answer, the lane pauses."""
 HOPELESS = 25
-"""After so many, although one text got an answer again and again, the lane stops."""
+"""After this many requests in a row without an answer, although probes got answers, the lane stops."""
 
 
 class Health:
@@ -50,18 +50,18 @@ class Health:
             self._failures[route] = self._pauses[route] = 0
 
     def failed(self, route: Route) -> int:
-        """A request for real work got no answer. Returns how many that are in a row."""
+        """A request for real work got no answer. Returns how many such requests there were in a row."""
         with self._mutex:
             self._failures[route] += 1
             return self._failures[route]
 
     def probe_failed(self, route: Route) -> None:
-        """Not even one text gets an answer, so the lane is failing."""
+        """A probe got no answer either, so the lane is failing."""
         with self._mutex:
             self._failures[route] = max(self._failures[route], FAILURES)
 
     def pause(self, route: Route) -> int | None:
-        """Count a pause of a lane that fails, and return how many that are in a row. None if it does not fail."""
+        """If the lane is failing, count a pause and return how many there were in a row. Otherwise return None."""
         with self._mutex:
             if self._failures[route] < FAILURES:
                 return None

@@ -1,4 +1,4 @@
-"""What is odd about a provider's answers: each kind is counted, and said once by each worker."""
+"""What is odd about a provider's answers. Each kind is counted, and each worker logs it once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from chunkmill.telemetry.counts import COUNTS
 logger = logging.getLogger(__name__)
 
 RATIO = 1.5
-"""A provider that charges so many times our own count probably counts with another tokenizer, or counts characters."""
+"""A provider that charges more than this many times our own count probably uses another tokenizer, or counts
+characters."""
 ENOUGH_TOKENS = 1_000
 """Tokens that must be counted before the ratio says something: a short text has a few special tokens."""
 
@@ -26,7 +27,7 @@ def tokens_factor(model: ProviderModel) -> float:
 
 
 class Oddities:
-    """What this worker has said already, and how the counts of tokens compare, by model. It is thread-safe."""
+    """What this worker has logged already, and how the counts of tokens compare, by model. It is thread-safe."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -35,7 +36,7 @@ class Oddities:
         self._counted: dict[str, int] = {}
 
     def count(self, model: ProviderModel, kinds: Mapping[str, int]) -> None:
-        """Count oddities of the answers of a model, and say those that money depends on."""
+        """Count oddities of the answers of a model, and log those that money depends on."""
         for kind, n in kinds.items():
             COUNTS.add(metrics.PROVIDER_ODDITIES, n, kind)
         if kinds.get("usage") and self._first(model.name, "usage"):
@@ -46,7 +47,7 @@ class Oddities:
             )
 
     def compare(self, model: ProviderModel, answer: EmbeddedRequest, counted: int) -> None:
-        """Say once if the provider charges many more tokens than we count."""
+        """Log once if the provider charges many more tokens than we count."""
         if answer.prompt_tokens is None:
             return
         name = model.name

@@ -39,7 +39,7 @@ HELD_SECONDS = 60.0
 
 
 def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
-    """Claim, read, send, write, complete. However this ends, the ledger is true. No fault of the texts raises."""
+    """Claim, read, send, write, complete. However this ends, the ledger is correct. Faults of texts raise no error."""
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
     if not context.stopping.is_set():
         with saying_limits():
@@ -81,7 +81,8 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
         stop_lane(context, Route.OPENAI_SYNC, stopped)
         attempt.release(because=stopped)
     except ProviderSilent as silent:
-        # The texts are not to blame for an outage. What they may have cost is booked, and the lane waits if it fails.
+        # An outage is not the fault of the texts. What they may have cost is booked, and the lane pauses if it is
+        # failing.
         paused = pause_failing_lane(context, Route.OPENAI_SYNC, silent)
         attempt.release(because=silent, delay_s=backoff(attempt.tries) if paused is None else paused)
     except Exception as error:

@@ -92,7 +92,9 @@ class PlainAttempt(Attempt[ProviderContext]):
 
     @property
     def tries(self) -> int:
-        """How many attempts in a row came to nothing, as far as is known. One that has written counts as the first."""
+        """How many attempts in a row have written nothing, as far as is known. An attempt that has written counts as
+        the first.
+        """
         return 1 if self._written else min(self.lease.attempt, 8)
 
     @property
@@ -146,8 +148,8 @@ class PlainAttempt(Attempt[ProviderContext]):
                 return self.account, 0
             new = write(conn, self.space, made.rows, made.vectors)
             provider_inputs.drop_suspects(conn, space.id, written)
-            # Else this is the second run of a commit whose answer was lost; or another attempt took the contents over,
-            # and has booked that this request may have been charged.
+            # Otherwise this is the second run of a commit whose answer was lost, or another attempt has taken the
+            # contents over and has booked that this request may have been charged.
             if removed:
                 charges.book_tokens(
                     conn,
@@ -205,7 +207,7 @@ class PlainAttempt(Attempt[ProviderContext]):
         self.log_end("completed")
 
     def fail_with(self, error: Exception) -> None:
-        """Log why the attempt failed, and charge it. What costs money again and again is not tried for ever."""
+        """Log why the attempt failed, and charge it. The number of attempts that cost money is limited."""
         known = isinstance(error, ChunkmillError)
         message = reason_of(error)
         self._log_failure(error.brief if isinstance(error, ProviderError) else message, None if known else error)
@@ -227,7 +229,7 @@ class PlainAttempt(Attempt[ProviderContext]):
         )
 
     def _forget_in_flight(self, conn: sa.Connection) -> None:
-        """Forget what this attempt has in flight, and book the request that it is not known to be charged for.
+        """Take what this attempt has in flight out of flight, and book the request that was sent and is not booked yet.
 
         What was sent in vain is sent alone the next time, because one text may spoil the vectors of its neighbours.
         """

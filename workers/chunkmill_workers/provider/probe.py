@@ -1,7 +1,7 @@
 """Asks a model for the vector of one word, before texts are sent to it, and when nobody knows who is at fault.
 
 A worker does so before its first request to a model, and after its lane was resumed or had failed. The word is
-harmless. So whatever the provider refuses about it concerns every text, and is found out at the price of one token.
+harmless. So if the provider refuses it, every text would be refused, and finding that out costs one token.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def require_answer(
 
 
 def try_answer(context: ProviderContext, space: Space) -> None:
-    """As `require_answer`, before a ProviderBatch is sent. Only a definite no raises.
+    """As `require_answer`, before a ProviderBatch is sent. Only a definite refusal raises.
 
-    A plain request has limits of its own, which must not hold up the Batch API.
+    Plain requests have rate limits of their own, which must not hold up the Batch API.
     """
     with context.begin() as conn:
         unproved = provider_lanes.is_unproved(conn, Route.OPENAI)

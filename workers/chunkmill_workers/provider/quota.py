@@ -1,4 +1,4 @@
-"""What to do when the account's quota has no room for a ProviderBatch: wait, and cut it if waiting cannot help."""
+"""What to do when the account's quota has no room for a ProviderBatch: wait, and split it if waiting cannot help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chunkmill_workers.provider.flow import StepReleased, pause_lane
 logger = logging.getLogger(__name__)
 
 REFUSALS = 3
-"""How often a ProviderBatch is refused, with nothing else of ours at the provider, before it is cut in two."""
+"""How often a ProviderBatch is refused, with nothing else of ours at the provider, before it is split in two."""
 LEAST_SHARE = 0.9
 """Share of a limit that we use, because providers count some tokens more than we do."""
 
@@ -31,7 +31,7 @@ def names_quota(message: str) -> bool:
 
 
 def too_many_tokens(context: ProviderContext, step: Step) -> bool:
-    """Whether a ProviderBatch that was not sent holds more than may be at the provider at a time, and can be cut."""
+    """Whether a ProviderBatch that was not sent holds more than may be at the provider at a time, and can be split."""
     with context.begin() as conn:
         return step.n_tokens > provider_room.max_tokens(conn, context.settings) and _can_be_cut(conn, step)
 
@@ -39,7 +39,7 @@ def too_many_tokens(context: ProviderContext, step: Step) -> bool:
 def refused_by_quota(context: ProviderContext, step: Step, busy: ProviderBusy) -> Step:
     """Create the batch again after a pause of the lane, or return its contents, to be packed into smaller ones.
 
-    It is cut at once if the limit that the refusal names is smaller than the batch. Without such a limit it is cut
+    It is split at once if the limit that the refusal names is smaller than the batch. Without such a limit it is split
     after some refusals while nothing else of ours was at the provider. No attempt is charged.
     """
     limit, refusals = limit_in(str(busy)), step.refusals + 1
@@ -60,7 +60,7 @@ def refused_by_quota(context: ProviderContext, step: Step, busy: ProviderBusy) -
     try:
         cut = context.transact(decide, "no room")
     except LeaseLost:
-        pause_lane(context, Route.OPENAI, busy, tries=refusals)  # the lane must learn of it all the same
+        pause_lane(context, Route.OPENAI, busy, tries=refusals)  # the lane must pause all the same
         raise
     no_room = f"{step.name}: the account's quota has no room for its {step.n_tokens} tokens"
     if cut is not None:

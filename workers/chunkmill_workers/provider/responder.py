@@ -52,7 +52,7 @@ from chunkmill_workers.provider.probe import require_answer
 logger = logging.getLogger(__name__)
 
 LOCAL_FIRST_SECONDS = 2.0
-"""How long local workers may take a request of a space that they serve too, before this worker does."""
+"""How many seconds a request waits for local workers, if they serve its space too, before this worker takes it."""
 
 
 class ProviderResponder(Responder[ProviderContext]):
@@ -117,7 +117,9 @@ class ProviderResponder(Responder[ProviderContext]):
 
     @property
     def _lease_seconds(self) -> float:
-        """A question that is still asked must not be asked, and paid for, twice."""
+        """The lease lasts until the request is surely over, because the question must not be sent, and paid for, a
+        second time meanwhile.
+        """
         return asking_seconds(self._context)
 
     def _answer(self, request: EmbedRequest, space: Space) -> None:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 REQUESTS_AT_A_TIME = 64
 UNKNOWN_FOR_S = 3600.0
-"""For how long the provider's list may fail while a batch is looked for whose creation got no answer."""
+"""How many seconds the provider's list may fail while we look for a batch whose creation got no answer."""
 LOOK_FOR_DOUBLES_S = 600.0
 """For how long after its creation a ProviderBatch is searched for duplicates: the provider's list may be behind."""
 CLOCKS_APART = timedelta(hours=1)
@@ -49,7 +49,9 @@ IN_MEMORY_BYTES = 16 * 1024 * 1024
 
 
 class LimitsChanged(Exception):
-    """A text would be cut differently now than when it was gathered, because a limit or the tokenizer has changed."""
+    """A text would be truncated or split differently now than when it was gathered, because a limit or the tokenizer
+    has changed.
+    """
 
 
 def upload(context: ProviderContext, step: Step) -> Step:
@@ -112,14 +114,14 @@ def _slices(context: ProviderContext, step: Step) -> Iterator[tuple[list[InFligh
             inputs = provider_inputs.slice_of(conn, step.id, after=first - 1, limit=REQUESTS_AT_A_TIME)
             texts = provider_inputs.texts(conn, [row.content_hash for row in inputs])
         if len(texts) < len(inputs):
-            raise StepDelayed(0.0)  # a text was deleted just now; the step starts again without it
+            raise StepDelayed(0.0)  # a text was deleted just now, so the step starts again without it
         yield inputs, texts
 
 
 def _windows(
     context: ProviderContext, space: Space, inputs: list[InFlight], texts: dict[bytes, str]
 ) -> dict[bytes, list[str]]:
-    """``content_hash → inputs`` as packed. Cut and split texts are prepared again; all others are sent whole."""
+    """``content_hash → inputs`` as packed. Truncated and split texts are prepared again; all others are sent whole."""
     parts = {content_hash: [text] for content_hash, text in texts.items()}
     long = [row for row in inputs if row.packed.truncated or row.packed.weights]
     if long:

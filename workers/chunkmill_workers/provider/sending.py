@@ -1,7 +1,7 @@
 """Sends the contents of one attempt in plain requests, which become smaller where a server does not take them whole.
 
-Nothing is held against a text before the provider has shown, by a probe, that it answers at all: a refusal or a silence
-that concerns everybody must neither bury texts nor be tried with one text after the other.
+Before a text is blamed, a probe must show that the provider answers at all. If the provider refuses everything, or is
+silent to everybody, no text may be buried for it, and the texts need not be tried one after the other.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from chunkmill_workers.provider.probe import require_answer
 
 LANE = Route.OPENAI_SYNC
 SILENT_TRIES = 2
-"""Up to this attempt, one whose request gets no answer ends there. Later ones look for the text that is at fault."""
+"""Up to this attempt, a request without an answer ends the attempt. Later attempts look for the text that is at
+fault."""
 LONGEST_RUN = 12
-"""After so many requests in a row without an answer, no text is at fault, even if a probe gets an answer: a search by
-halves for one text in 2,048 has an answer before that."""
+"""After this many requests in a row without an answer, no text is at fault, even if a probe gets an answer: a search by
+halves for one bad text in 2,048 gets an answer earlier."""
 SAME_REFUSALS = 3
-"""A request and two parts of it that are refused with the same words: a probe tells whether that concerns everybody."""
+"""After this many refusals with the same words, such as of a request and two parts of it, a probe tells whether every
+request is refused."""
 
 
 class Interrupted(Exception):
@@ -53,7 +55,7 @@ class Sender:
         self._model = context.model(attempt.space)
         self._limits = context.limits(self._model, attempt.space)
         self._refusal: tuple[str, int] = ("", 0)
-        """The words of the latest refusal, and how many in a row had them."""
+        """The words of the latest refusal, and how many refusals in a row had the same words."""
 
     def send(self, items: Sequence[ProviderInput]) -> None:
         """Send all contents. Their vectors are committed, or the attempt knows why there is none.

@@ -1,4 +1,4 @@
-"""Takes a ProviderBatch step by step as far as it can go now. However this ends, the row in the ledger is true."""
+"""Takes a ProviderBatch step by step as far as it can go now. However this ends, the row in the ledger is correct."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ from chunkmill_workers.provider.send import adopt, create, file_name, upload
 logger = logging.getLogger(__name__)
 
 EQUAL_FAILURES = 10
-"""After how many failures in a row, the last of them equal, a step stops its lane. That takes about a quarter of an
-hour."""
+"""After how many failures in a row, of which the last ones are equal, a step stops its lane. That takes about a quarter
+of an hour."""
 SILENT_FAILURES = 60
-"""The same if the provider gives no answer or a broken one, which takes about five hours: most outages pass."""
+"""The same if the provider gives no answer or a broken one. That takes about five hours, because most outages are
+shorter."""
 LAST_LOOKS = 60
 """How often a batch that was let go is looked at until it has ended and its result files can be deleted."""
 CLEAN_TRIES = 5
@@ -106,7 +107,7 @@ def _run(context: ProviderContext, step: Step) -> None:
         _release(context, step, context.settings.openai_poll_seconds, str(stopped))
     except Exception as error:
         if is_transient(error):
-            raise  # Postgres went away where nothing could wait for it. Another worker goes on when the lease runs out.
+            raise  # Postgres went away outside a retry. Another worker goes on when the lease ends.
         _fail(context, step, error)
 
 

@@ -16,7 +16,7 @@ MAX_DELAY_SECONDS = 60.0
 USAGE_ERROR = 2
 """Click's exit code for an option that Celery does not know."""
 CRASH_LOOP = 3
-"""After so many failures in a row soon after a start, what waits in the queue is under suspicion."""
+"""After this many failures in a row, each soon after a start, the messages in the queue may be the cause."""
 NAME_OPTION = re.compile(r"(-n|--hostname=)(.+)", re.DOTALL)
 SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 

@@ -34,7 +34,7 @@ def _in_a_folder(_: click.Context, __: click.Parameter, file: Path | None) -> Pa
 @click.command()
 @click.argument("collection")
 @click.argument("model")
-@click.option("--against", metavar="MODEL", help="Compare with this model and not with that of the collection.")
+@click.option("--against", metavar="MODEL", help="Compare with this model instead of the model of the collection.")
 @click.option(
     "--sample", type=click.IntRange(1), default=20_000, show_default=True, help="Maximum number of texts to search."
 )

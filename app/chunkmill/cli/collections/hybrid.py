@@ -157,8 +157,8 @@ def clear(screen: Screen, collection: str) -> None:
 def tune(screen: Screen, collection: str, timeout: float) -> None:
     """Choose how much keywords count in a collection's searches, by its golden queries.
 
-    Keywords are used only if they make searches better at the lower bound of a 95 % confidence interval. Searches use
-    the result from then on.
+    Keywords are used only if searches are better with them even at the lower bound of a 95 % confidence interval.
+    Searches use the result from then on.
     """
     with Client.from_env() as client:
         tuning = client.tune_search(collection, timeout=timeout)

@@ -54,7 +54,7 @@ def prune(screen: Screen, older_than: float, dry_run: bool, yes: bool) -> None:
 @json_option
 @click.pass_context
 def cache(ctx: click.Context, recent: float) -> None:
-    """Show the number and size of each space's vectors, and how often an enqueue found what it needed.
+    """Show the number and size of each space's vectors, and how often an enqueue found vectors that it needed.
 
     "unreferenced" is what `chunkmill cache evict` can delete: vectors whose text is in no chunk of a collection of
     that space. Hits are counted over the jobs that have not been deleted.

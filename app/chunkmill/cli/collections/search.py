@@ -64,7 +64,7 @@ class Mix(click.ParamType[object]):
     metavar="JSON",
     help="""Only chunks whose metadata pass this filter, such as '{"lang": "en", "year": {"$gte": 2020}}'.""",
 )
-@click.option("--like", metavar="ID", help="Find the neighbours of this chunk, instead of a query's.")
+@click.option("--like", metavar="ID", help="Find the chunks nearest to this chunk, instead of to a query.")
 @click.option("--min-score", type=click.FloatRange(-1, 1), help="Only chunks with this score or a higher one.")
 @click.option(
     "--offset",

@@ -140,7 +140,7 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "--overlap",
     type=click.IntRange(0),
     metavar="N",
-    help="How many tokens of the previous chunk a chunk begins with. It needs --chunk.  [default: 0]",
+    help="How many tokens from the end of one chunk the next one repeats. It needs --chunk.  [default: 0]",
 )
 @click.option(
     "--chunk-unit",
@@ -173,7 +173,9 @@ class Deadline(click.ParamType[datetime | timedelta]):
     help="What separates the columns of CSV: one character, or the word tab.  [default: recognized from the header]",
 )
 @click.option("--typed", is_flag=True, help="Keep numbers, true, false and empty cells of CSV as such in the metadata.")
-@click.option("--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that no two collide.")
+@click.option(
+    "--prefix-ids", is_flag=True, help="Put the SOURCE in front of each id, so that ids of two sources differ."
+)
 @click.option(
     "--sync",
     is_flag=True,
@@ -224,16 +226,20 @@ def enqueue(
 ) -> None:
     """Read chunks from files and have them embedded.
 
-    SOURCE is a file, a folder, or - for JSON lines on stdin. A file is .jsonl, .ndjson, .json (an array), .csv, .tsv or
-    .parquet; all but the last may also end in .gz. Each record of a file
-    has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
-    and .rst file is one chunk, whose id is its path inside the folder. Hidden files are not read, and files of other
-    kinds are counted. A link that leads out of the folder, and anything that is not a regular file, is skipped and
-    named in a warning. If an id comes twice, the last chunk with it is kept.
+    SOURCE is a file, a folder, or - for JSON lines on stdin. Files are read record by record, so they may be of any
+    size. If an id comes twice, the last chunk with it is kept.
+
+    A file is .jsonl, .ndjson, .json (an array), .csv, .tsv or .parquet; all but the last may also end in .gz. Each
+    record of a file has an id and a text; its other fields become metadata, by which searches can filter.
+
+    In a folder, each .txt, .md and .rst file is one chunk, whose id is its path inside the folder. Hidden files are not
+    read, and files of other kinds are counted. A link that leads out of the folder, and anything that is not a regular
+    file, is skipped and named in a warning.
+
     With --chunk, documents are cut into chunks: .txt, .md, .html, .pdf and source files, in a folder or named by
     themselves, and also with .gz. The texts of records are cut too.
-    Files are read record by record, so they may be of any size.
-    With --wait, 0 means that the job is complete. It exits with 4 if the job failed or was cancelled, and with 5 if
+
+    With --wait, the command exits with 0 if the job is complete, with 4 if it failed or was cancelled, and with 5 if
     more chunks are dead than --max-refused allows.
     """
     fields = Fields(id_field, text_field, split_names(metadata_fields) or None)
@@ -338,7 +344,7 @@ def job(
 ) -> None:
     """Show one job: its state, its counts and its dead chunks.
 
-    Exits with 4 if the job failed or was cancelled. With --wait, 0 means that it is complete.
+    The exit code is 4 if the job failed or was cancelled. With --wait, 0 means that the job is complete.
     """
     with Client.from_env() as client:
         current = client.job(job_id)
@@ -364,7 +370,7 @@ def cancel(screen: Screen, job_id: int) -> None:
 def retry(screen: Screen, job_id: int, wait: bool) -> None:
     """Embed what a failed or cancelled job left without a vector.
 
-    With --wait, 0 means that the job is complete. It exits with 4 if the job fails or is cancelled again.
+    With --wait, the command exits with 0 if the job is complete, and with 4 if it fails or is cancelled again.
     """
     with Client.from_env() as client:
         finish(screen, client, client.retry(job_id), wait=wait)

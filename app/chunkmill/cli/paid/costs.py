@@ -125,7 +125,7 @@ def adjustments(screen: Screen, kind: str | None, since: datetime | None, limit:
 @click.option("--month", type=click.DateTime(["%Y-%m"]), metavar="YYYY-MM", help="Month (UTC) that is corrected.")
 @click.option("--day", type=DAY, metavar="YYYY-MM-DD", help="Day (UTC) that is corrected, in place of --month.")
 @click.option("--reason", required=True, help="Why; it is kept.")
-@click.option("--who", help="Who corrects; it is kept.  [default: your name on this machine]")
+@click.option("--who", help="Who makes the correction; it is kept.  [default: your name on this machine]")
 @click.option("--model", help="Model of the charge.")
 @click.option("--job", type=click.IntRange(1), help="Job of the charge.")
 @click.option("--key", help="Name of the correction. A second one of the same name is not booked.")

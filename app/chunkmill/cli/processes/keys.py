@@ -50,8 +50,8 @@ def keys() -> None:
     "--tenant",
     help="Whose files, batches and jobs the key sees: those of all keys of one tenant.  [default: the key's name]",
 )
-@click.option("--requests-per-minute", type=click.IntRange(1, 2**31 - 1), help="Maximum at each gateway.")
-@click.option("--tokens-per-minute", type=click.IntRange(1, 2**62), help="Maximum at each gateway.")
+@click.option("--requests-per-minute", type=click.IntRange(1, 2**31 - 1), help="Maximum number at each gateway.")
+@click.option("--tokens-per-minute", type=click.IntRange(1, 2**62), help="Maximum number at each gateway.")
 @click.option(
     "--parallel", type=click.IntRange(1, 2**31 - 1), help="Maximum number of requests at once at each gateway."
 )

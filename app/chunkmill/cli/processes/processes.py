@@ -73,7 +73,7 @@ def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
 @json_option
 @click.pass_obj
 def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
-    """Run a poller, which re-queues work that is due and recovers the work of dead workers.
+    """Run a poller, which queues work that is due or was lost, and takes back the work of dead workers.
 
     One poller is enough, and any number is safe.
     """

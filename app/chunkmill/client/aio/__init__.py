@@ -22,16 +22,14 @@ __all__ = ["AsyncBatcher", "AsyncClient", "AsyncGoldenQueries"]
 class AsyncClient(AsyncVerbs):
     """A :class:`Client` for asyncio: every method is a coroutine, and none blocks the event loop.
 
-    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`connect` and :meth:`from_env` make
-    both. ``async with`` closes it. Iterables may be
-    asynchronous too, and are read no faster than they are enqueued. A synchronous iterable runs in a thread.
-    ``on_progress`` and ``on_hindrance`` are called in the loop, and may be coroutine functions. Context variables, and
-    so traces, reach as far as they do without threads.
+    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`connect` and :meth:`from_env` make the
+    client too. ``async with`` closes it. Iterables may be asynchronous too, and are read no faster than they are
+    enqueued. A synchronous iterable runs in a thread. ``on_progress`` and ``on_hindrance`` are called in the loop, and
+    may be coroutine functions. Context variables, and so traces, are the same as in code without threads.
 
     A call whose task is cancelled, for example by ``asyncio.timeout``, ends at its next pause, chunk or transaction,
-    and the task ends when the call has. So nothing of it runs any more, its connection is given back, and what a
-    search or ``embed`` asked of a worker is withdrawn. What an enqueue has committed stays; the same
-    ``idempotency_key`` completes it.
+    and the task ends after the call. Then nothing of the call runs any more, its connection is given back, and a
+    request to a worker is withdrawn. What an enqueue has committed stays; the same ``idempotency_key`` completes it.
 
     Searches, ``embed`` and ``wait`` take a thread and a connection only for moments, so that hundreds of them may wait
     at a time. Five other long calls, such as enqueues, run at a time, and further ones wait. An AsyncClient may be used

@@ -24,8 +24,9 @@ Result = TypeVar("Result")
 AHEAD = 64
 """How many items are read from a source or from an iterator before they are asked for."""
 TOGETHER_S = 0.005
-"""For how many seconds items of an iterator are collected. To hand one over takes 0.1 ms or more, and chunks come a
-hundred times as fast, but nobody shall wait for company, or hold 64 batches of vectors."""
+"""For how many seconds items of an iterator are collected before they are handed over together. Handing over takes 0.1
+ms or more, and chunks come a hundred times as fast; but no item should wait long for others, and 64 batches of vectors
+would take much memory."""
 
 
 class Call:
@@ -94,7 +95,7 @@ class Call:
         except asyncio.CancelledError:
             if stoppable:
                 self.stop()
-            if not future.cancel():  # it runs already
+            if not future.cancel():  # it is running already
                 await ended(waiting)
             raise
         except Stopped:
@@ -178,7 +179,7 @@ class Source(Iterator[Item]):
         finally:
             try:
                 if isinstance(items, AsyncGenerator):
-                    await items.aclose()  # what it holds is let go now, also if the call ended early
+                    await items.aclose()  # this releases what the iterable holds, also if the call ended early
             finally:
                 self._has_news.set()
 
@@ -186,8 +187,9 @@ class Source(Iterator[Item]):
 class Sink(AsyncIterator[Item]):
     """An iterator that a thread reads, as an asynchronous one.
 
-    Items are handed over together: up to ``AHEAD`` of them, or those that come within ``TOGETHER_S``. As many are read
-    ahead. ``threads`` have one thread for it from its first item to its end. ``ends`` is called when that is over.
+    Items are handed over together: up to ``AHEAD`` of them, or those that come within ``TOGETHER_S``. The same number
+    is read ahead. ``threads`` have one thread for it from its first item to its end. ``ends`` is called when that is
+    over.
     """
 
     def __init__(
@@ -236,7 +238,7 @@ class Sink(AsyncIterator[Item]):
             raise
         finally:
             if isinstance(iterator, Generator):
-                iterator.close()  # here and now, and not in the thread that collects it
+                iterator.close()  # so that it is closed here, and not by the garbage collector in another thread
         self._hand_over(together)
 
     def _hand_over(self, items: list[Item]) -> None:
@@ -251,15 +253,15 @@ class Sink(AsyncIterator[Item]):
 
 
 async def ended(waiting: asyncio.Future[Any]) -> None:
-    """Wait until it is done, whatever comes of it. A cancel of this task does not end the wait: it was cancelled
-    already, or has a thread to wait for."""
+    """Wait until it is done, whatever its result. A cancel of this task does not end the wait: either the task was
+    cancelled already, or it must wait for a thread."""
     while not waiting.done():
         try:
             await asyncio.wait([waiting])
         except asyncio.CancelledError:
             continue
     if not waiting.cancelled():
-        waiting.exception()  # it is known, so asyncio need not warn of it
+        waiting.exception()  # reads the error, so that asyncio does not warn of it
 
 
 async def _told(function: Callable[..., object], *arguments: object) -> None:

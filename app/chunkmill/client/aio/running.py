@@ -39,8 +39,8 @@ class RunningCalls:
     """The calls of an ``AsyncClient``, and its threads.
 
     There are as many threads as connections, in two halves. Short transactions have the one half. Calls that hold a
-    connection while they read or hand out what the loop has have the other, so a source of chunks may itself search
-    with the same client, and somebody who reads vectors may too.
+    connection while they read from the loop or hand items to it have the other. So a source of chunks may itself search
+    with the same client, and so may a caller in the middle of reading vectors.
     """
 
     def __init__(self, client: Client) -> None:
@@ -53,7 +53,7 @@ class RunningCalls:
         half = _connections(self._client._db) // 2
         self._short_threads = Threads("chunkmill-short", half)
         self._long_threads = Threads("chunkmill-long", half)
-        # An AsyncClient that nobody closed takes its threads along.
+        # If an AsyncClient is never closed, its threads end with it.
         weakref.finalize(self, self._short_threads.close)
         weakref.finalize(self, self._long_threads.close)
         self._mutex = threading.Lock()
@@ -113,7 +113,7 @@ class RunningCalls:
                     error = raised
         finally:
             if not is_over:
-                # The task was cancelled, in a pause or while a step ran.
+                # The task was cancelled during a pause or a step.
                 await ended(asyncio.wrap_future(threads.submit(steps.close)))
             self._end(call)
 
@@ -186,8 +186,8 @@ class RunningCalls:
     async def close(self) -> None:
         """End the calls that run, wait for them, and close the connections.
 
-        These calls raise :class:`ClientClosed`, unless they were as good as done. The embedded stack stays up for the
-        next caller.
+        These calls raise :class:`ClientClosed`, unless they complete at this moment. The embedded stack stays up for
+        the next caller.
         """
         with self._mutex:
             calls = list(self._calls)

@@ -57,7 +57,7 @@ class Threads:
                 else:
                     future.set_result(result)
                     del result
-            del work, future, function  # what a call held must not live until the next call comes
+            del work, future, function  # so that the call's objects do not live until the next call
 
     def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         with self._changed:

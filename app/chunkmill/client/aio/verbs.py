@@ -165,13 +165,13 @@ class AsyncVerbs(RunningCalls):
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
-        Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
-        If Postgres goes away while this waits, it waits for Postgres too; after a minute without it, it raises
+        Postgres notifies of the end, so the job need not be read often: without ``on_progress`` it is read once in 30
+        s. If Postgres goes away while this waits, it waits for Postgres too; after a minute without it, it raises
         :class:`StoreUnavailable`. ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else
         as a line every 5 s.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
+        something hinders the job and waiting alone does not help: a ChunkBatch failed or waits for another kind of
         worker, its lane is stopped, no poller or no worker is connected, or Postgres is away. Without it the sentence
         is shown with the bar, or is a warning in the log, and so is :attr:`Job.notice` at the end.
 
@@ -269,8 +269,8 @@ class AsyncVerbs(RunningCalls):
     ) -> list[Adjustment]:
         """The parts of the bill that no answer confirmed, with their reasons: the latest ``limit``, newest first.
 
-        They are what was ``lost``, what was ``maybe_charged``, and corrections; of one ``kind``, or all of them. A
-        ``correction`` is what :meth:`correct_charge` booked.
+        ``kind`` selects those that were ``lost``, that were ``maybe_charged``, or that are a ``correction``, which
+        :meth:`correct_charge` booked. None means all.
         """
         return await self._short(self._client.adjustments, kind, since=since, limit=limit)
 
@@ -321,8 +321,9 @@ class AsyncVerbs(RunningCalls):
     async def abandon(self, provider_batch_id: int) -> Abandoned:
         """Let go of a ProviderBatch that does not end. Jobs that wait for its contents send them again.
 
-        If they may have been charged, that is booked, and the provider is asked to cancel it. A second call closes it
-        although its files could not be deleted. Raises :class:`NotFound`, and :class:`InvalidInput` if it is closed.
+        If they may have been charged, that is booked, and the provider is asked to cancel it. If its files cannot be
+        deleted, a second call closes it all the same. Raises :class:`NotFound`, and :class:`InvalidInput` if it is
+        closed.
         """
         return await self._short(self._client.abandon, provider_batch_id)
 
@@ -406,11 +407,12 @@ class AsyncVerbs(RunningCalls):
     ) -> Comparison:
         """Judge ``model`` against the model of a collection, or against ``against``, on a sample of the collection.
 
-        The golden queries of the collection are asked in both models, at most ``queries`` of them; if there are none,
-        first lines and sentences of chunks are, each of which asks for the rest of its chunk. The sample has the
-        relevant texts and others that chance chooses, ``sample`` in all. Workers embed what has no vector yet, as they
-        answer any other request, and nothing is stored. A worker must serve each model. Memory does not grow with the
-        sample, but for 100 bytes a text. ``on_progress`` is called with the number of texts that were compared so far.
+        The golden queries of the collection are asked in both models, at most ``queries`` of them. If there are none,
+        first lines and sentences of chunks serve as queries, each of which asks for the rest of its chunk. The sample
+        has the relevant texts and others chosen at random, ``sample`` in all. Workers embed what has no vector yet, as
+        they answer any other request, and nothing is stored. A worker must serve each model. For each text of the
+        sample, memory grows by only about 100 bytes. ``on_progress`` is called with the number of texts that were
+        compared so far.
 
         A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
         sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no
@@ -475,18 +477,18 @@ class AsyncVerbs(RunningCalls):
     async def drop_keywords(self, collection: str) -> bool:
         """Delete the keywords of a collection, and what its golden queries chose. Returns whether there were any.
 
-        Its searches then go by vectors alone. Raises :class:`NotFound`.
+        Its searches then use vectors alone. Raises :class:`NotFound`.
         """
         return await self._short(self._client.drop_keywords, collection)
 
     async def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
-        Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
-        report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
-        queries are judged, which chance chooses, and a worker embeds them. What was chosen holds for one space:
-        ``space`` names another one of the collection than the active one, as in :meth:`search`, for example before the
-        collection moves to it.
+        If mixing is better even at the lower bound of its confidence interval, searches are mixed from then on;
+        otherwise they use vectors alone. The report says why. Call it again when the collection, its space or its
+        golden queries have changed. At most 2,000 queries are judged, chosen at random, and a worker embeds them. The
+        choice holds for one space: ``space`` names another one of the collection than the active one, as in
+        :meth:`search`, for example before the collection moves to it.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -506,8 +508,8 @@ class AsyncVerbs(RunningCalls):
         """How the searches of the last ``hours`` went in each space of a collection, the active one first.
 
         Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts
-        every 5 s; those of more than two hours ago are of whole hours, and after 90 days they are deleted. Raises
-        :class:`NotFound` and :class:`InvalidInput`.
+        every 5 s. Counts of more than two hours ago exist for whole hours only, and after 90 days they are deleted.
+        Raises :class:`NotFound` and :class:`InvalidInput`.
         """
         return await self._short(self._client.search_counts, collection, hours=hours)
 
@@ -529,7 +531,7 @@ class AsyncVerbs(RunningCalls):
         own model cannot be asked, or in which a migration to ``model`` is under way. It ends by itself when the
         collection leaves its space, and ``search(bridge=model)`` then searches the new one.
 
-        Up to ``sample`` stored texts are learnt from, which chance chooses. Those without a vector of ``model`` are
+        It is learnt from up to ``sample`` stored texts, chosen at random. Those without a vector of ``model`` are
         embedded now, which costs money if it is a paid model; these vectors are not stored. Up to ``queries`` golden
         queries, or else titles of chunks, choose among three kinds of adapter and measure what is lost against a full
         re-embedding; their answers are not learnt from. With ``compare_old`` they are also asked with the collection's
@@ -636,24 +638,26 @@ class AsyncVerbs(RunningCalls):
         of the collection: the hits are those nearest to its stored vector, without the chunk itself.
 
         Only chunks whose metadata pass ``filter`` are returned (docs/search.md describes the language; ``metadata`` is
-        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` leaves out so many of
-        the nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing
-        is written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
+        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` skips this many of the
+        nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing is
+        written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
         ``explanation`` of a hit list says how it was found, which takes longer.
 
         With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
         the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
-        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        0.8, and False uses the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
         cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
-        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all words that begin with
+        ``word``.
 
-        While a collection is on its way to another space (:meth:`reembed`), it has several. ``session`` names whoever
-        asks, such as a user: the new space answers its share of the sessions, always the same ones, and their searches
-        are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names another one:
-        ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector belongs to a
-        space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search fails, because
-        a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
-        before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
+        While a collection is moving to another space (:meth:`reembed`), it has several spaces. ``session`` names
+        whoever asks, such as a user: the new space answers its share of the sessions, always the same ones, and their
+        searches are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names
+        another one: ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector
+        belongs to a space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search
+        fails, because a search in another space has other hits. ``on_unserved="previous"`` then searches the space that
+        the collection had before: half of ``timeout`` is for the first space and half for the previous one, and
+        ``instead_of`` of the hits says that this happened.
 
         With ``bridge``, the name of a model for which :meth:`bridge` has learnt one, the query is embedded with that
         model and carried into the collection's space, which ``bridge`` of each hit says. Once the collection is in a
@@ -759,9 +763,9 @@ class AsyncVerbs(RunningCalls):
     async def load_query_cache(self, path: str | PathLike[str]) -> int:
         """Take the vectors of a file that :meth:`save_query_cache` wrote. Returns how many were taken.
 
-        Those that are too old are left out, and of more than fit those used last are taken. Vectors of other spaces do
-        no harm. Raises :class:`InvalidInput` if the file is damaged, is of another kind, or may be written by
-        everybody; nothing is taken then. Whoever can write the file decides what searches find.
+        Those that are too old are left out, and and if there are more than fit, those used last are taken. Vectors of
+        other spaces do no harm. Raises :class:`InvalidInput` if the file is damaged, is of another kind, or may be
+        written by everybody; nothing is taken then. Whoever can write the file decides what searches find.
         """
         return await self._short(self._client.load_query_cache, path)
 
@@ -786,11 +790,11 @@ class AsyncVerbs(RunningCalls):
 
         ``space`` names another space of the collection than the active one, as in :meth:`search`.
 
-        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
-        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
-        Postgres. The graph of the whole space that an earlier release built is dropped, if this role owns it, because
-        no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
-        transaction that writes lasts so long that the index cannot begin.
+        The poller does the same by itself within some seconds; if it is building something now, this waits for it.
+        Writers and searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of
+        INDEX_MEMORY_MB in Postgres. If an earlier release built a graph of the whole space and this role owns it, it is
+        dropped, because no search uses it and it makes every write slow. Raises :class:`NotFound`, and
+        :class:`StoreUnavailable` if a transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection, space=space)
 
@@ -805,14 +809,14 @@ class AsyncVerbs(RunningCalls):
     ) -> CollectionMap:
         """Draw the vectors of a collection in two dimensions, coloured by the metadata field ``by``.
 
-        ``sample`` distinct texts are drawn at most, which chance chooses, and always the same ones. They are read a
-        thousand at a time; ``4 * sample * d`` bytes of memory hold their vectors of ``d`` dimensions, however large the
-        collection is. ``method`` is ``pca``, or ``umap``, which needs the extra ``umap`` and takes longer. The result
-        is shown by a notebook, and :meth:`CollectionMap.save` writes it as a page or a picture. It has the beginnings
-        of the texts only if ``texts`` is true, because whoever gets the file can read them.
+        At most ``sample`` distinct texts are drawn. They are chosen at random, and are the same ones each time. They
+        are read a thousand at a time; ``4 * sample * d`` bytes of memory hold their vectors of ``d`` dimensions,
+        however large the collection is. ``method`` is ``pca``, or ``umap``, which needs the extra ``umap`` and takes
+        longer. The result is shown by a notebook, and :meth:`CollectionMap.save` writes it as a page or a picture. It
+        has the beginnings of the texts only if ``texts`` is true, because whoever gets the file can read them.
 
-        ``by`` is a key of the metadata. If no chunk has that key, its parts between dots lead through objects. Values
-        that are numbers have a scale, and of all others the nine most frequent have a colour each.
+        ``by`` is a key of the metadata. If no chunk has that key, it is read as a path: ``a.b`` is the key ``b`` of the
+        object ``a``. Numbers are coloured by a scale. Of other values, the nine most frequent have a colour each.
 
         Raises :class:`NotFound`, and :class:`InvalidInput` if nothing has a vector yet or UMAP is not installed.
         """
@@ -943,11 +947,11 @@ class AsyncVerbs(RunningCalls):
 
         The name says the format: ``.parquet``, which needs the extra ``parquet``, or JSON lines, ``.jsonl`` and
         ``.ndjson``, also with ``.gz``. A chunk has the fields ``id``, ``text``, ``metadata`` (in Parquet as JSON text),
-        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. What holds for
-        :meth:`chunks` while others write holds here. The file gets its name once it is complete, and an existing file
-        is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of all.
-        ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what :meth:`chunks`
-        raises.
+        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. If others write
+        meanwhile, the same holds as for :meth:`chunks`. The file gets its name once it is complete, and an existing
+        file is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of
+        all. ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what
+        :meth:`chunks` raises.
         """
         return await self._long(
             self._client.export,
@@ -1060,11 +1064,11 @@ class AsyncVerbs(RunningCalls):
     ) -> Quote | Reembedding:
         """Begin to move a collection to the model ``to``, or with ``dry_run`` say what that would take.
 
-        Nobody notices the move: the stored texts are embedded into the new space as work of ``priority``, what is
-        enqueued meanwhile is embedded into both, and searches go on in the old space. The new one must pass the
-        ``gates``, answers the growing shares of ``ramp``, each for ``step_hours``, and becomes the active one at a
-        single moment. The old one is kept up to date for ``keep_days``, so that :meth:`rollback` can return to it. A
-        poller does all this; a call with the same arguments returns the re-embedding that is under way.
+        Neither searches nor enqueues are interrupted: the stored texts are embedded into the new space as work of
+        ``priority``, what is enqueued meanwhile is embedded into both, and searches go on in the old space. The new one
+        must pass the ``gates``, answers the growing shares of ``ramp``, each for ``step_hours``, and becomes the active
+        one at a single moment. The old one is kept up to date for ``keep_days``, so that :meth:`rollback` can return to
+        it. A poller does all this; a call with the same arguments returns the re-embedding that is under way.
 
         ``on_long``, ``dimensions``, ``precision`` and ``route`` are as in :meth:`enqueue`. A ramp whose last share is
         not 100 stays there until somebody calls :meth:`flip` or :meth:`cancel_reembedding`, and an empty one flips as
@@ -1103,7 +1107,7 @@ class AsyncVerbs(RunningCalls):
         No chunk that can be searched is missing afterwards: that is proved in the moment of the flip, for which writers
         wait some milliseconds. If chunks got their vector in the old space a moment ago, this waits for their vector in
         the new one, up to ``timeout`` seconds. ``missing`` chunks may be missing all the same; None means as many as
-        the gates allow. The gates of quality are not asked.
+        the gates allow. The gates of quality are not checked.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if it is not judged or ramping, and :class:`WaitTimeout`, which
         says how many chunks have no vector in the new space. Nothing is changed then.
@@ -1111,7 +1115,8 @@ class AsyncVerbs(RunningCalls):
         return await self._long(self._client.flip, which, missing=missing, timeout=timeout)
 
     async def rollback(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:
-        """Make the space active again that the collection left. It is :meth:`flip` backwards, with the same proof.
+        """Make the space that the collection left the active one again. It is :meth:`flip` backwards, with the same
+        proof.
 
         The new space is kept up to date for ``keep_days``; after that it is dropped. Raises what :meth:`flip` raises.
         """
@@ -1126,17 +1131,18 @@ class AsyncVerbs(RunningCalls):
         return await self._long(self._client.judge_reembedding, which, timeout=timeout)
 
     async def pause_reembedding(self, which: int | str) -> Reembedding:
-        """Let a re-embedding stay in its state and its share. What was handed to workers is embedded.
+        """Stop a re-embedding in its present state and share. Texts that workers already have are still embedded.
 
-        What is enqueued meanwhile still reaches both spaces. Raises :class:`NotFound`, and :class:`InvalidInput` if it
-        has ended.
+        Chunks that are enqueued meanwhile still reach both spaces. Raises :class:`NotFound`, and :class:`InvalidInput`
+        if it has ended.
         """
         return await self._short(self._client.pause_reembedding, which)
 
     async def resume_reembedding(
         self, which: int | str, *, gates: Gates | None = None, ramp: Sequence[int] | None = None
     ) -> Reembedding:
-        """Go on with one that was paused, has a problem, or stepped back; with other ``gates`` or another ``ramp``.
+        """Go on with a re-embedding that was paused, has a problem, or stepped back, if you like with other ``gates``
+        or another ``ramp``.
 
         Its gates are checked anew. Raises :class:`NotFound`, and :class:`InvalidInput` if it has ended.
         """
@@ -1168,13 +1174,13 @@ class AsyncVerbs(RunningCalls):
         """Delete jobs that finished more than ``older_than`` (days) ago, and vectors and texts that were stored before
         then and that no collection refers to. This is safe while everything runs.
 
-        Of the Batch API that a gateway serves, files go that are older, unless a batch needs them that has not ended,
+        Of the Batch API that a gateway serves, it deletes older files, unless a batch that has not ended needs them,
         and batches that ended before then, with their texts and vectors.
 
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
-        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
-        spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``
-        only counts; a space to which only jobs refer that would be deleted is not among its ``spaces``.
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At the end it
+        drops the spaces that were registered before then, if nothing refers to them and they have no vector left.
+        ``dry_run`` only counts; its ``spaces`` do not include a space to which only jobs refer that would be deleted.
         """
         return await self._long(self._client.prune, older_than, dry_run=dry_run, on_progress=on_progress)
 

@@ -1,1 +1,2 @@
-"""How calls ask the workers for vectors: what is known already, what is asked, and how the answers are awaited."""
+"""How calls get vectors: from the cache and the store if they are known, otherwise by requests to workers, whose
+answers they await."""

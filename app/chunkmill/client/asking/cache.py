@@ -32,8 +32,8 @@ from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 
 ENTRY_BYTES = 600
-"""What an entry takes beside its numbers: the key, the objects of Python, and its place in the dictionary. Measured
-with tracemalloc."""
+"""How many bytes an entry takes besides its numbers: the key, the objects of Python, and its place in the dictionary.
+Measured with tracemalloc."""
 KINDS = ("document", "query")
 MOST_DIMENSIONS = 65_536
 
@@ -177,7 +177,7 @@ class VectorCache:
 
 
 def _entry(embedded: EmbeddedText, made_at: float) -> _Entry:
-    # A copy: the vector is a row of an answer with other vectors, which would stay in memory with it.
+    # The vector is copied, because it is a row of an answer whose other vectors would stay in memory with it.
     vector = np.array(embedded.vector, np.float32)
     vector.flags.writeable = False
     return _Entry(EmbeddedText(vector, embedded.tokens, embedded.truncated), made_at)
@@ -238,7 +238,7 @@ def _read(file: BinaryIO) -> Iterator[tuple[Key, _Entry]]:
         if not (math.isfinite(made_at) and np.isfinite(vector).all()):
             raise _WrongFile(f"a number of entry {number} is not finite")
         name = fingerprints.setdefault(fingerprint, fingerprint.hex())
-        # An entry of the future is of another clock.
+        # If an entry is of the future, another clock wrote it.
         yield (
             (name, KINDS[kind], content_hash),
             _entry(EmbeddedText(vector, tokens, bool(truncated)), min(made_at, now)),
@@ -264,7 +264,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _forget_bytes(entries: OrderedDict[Key, _Entry]) -> None:
-    """A client is gone, and what its cache held."""
+    """A client is gone: forget how many bytes its cache held."""
     COUNTS.add(m.QUERY_CACHE_BYTES, -sum(entry.bytes for entry in entries.values()))
 
 
@@ -272,7 +272,7 @@ _all: weakref.WeakSet[VectorCache] = weakref.WeakSet()
 
 
 def _begin_in_child() -> None:
-    """Whoever held a mutex when the process forked does not run in the child."""
+    """Make new mutexes: a thread that held one at the fork does not run in the child and would never release it."""
     for cache in list(_all):
         cache._mutex = threading.Lock()
 

@@ -31,22 +31,24 @@ from chunkmill.store import read
 from chunkmill.system.numbers import NDArray, np
 
 PART_TEXTS = 32
-"""How many texts one embed request has. A worker that has begun with one is busy for a forward pass or two."""
+"""How many texts one embed request has. A request keeps a worker busy for a forward pass or two."""
 PART_CHARACTERS = 262_144
-"""A request whose texts are longer has fewer of them, which bounds the size of its row."""
+"""How many characters one embed request has. If texts are long, it has fewer texts, which bounds the size of its
+row."""
 OPEN_PARTS = 16
 """How many requests of one call are open at a time. When half of them are answered, further ones are sent."""
 FEW_TEXTS, FEW_CHARACTERS = 8, 2_048
-"""A call for at most so many texts goes before larger ones. Documents may have so many characters together, which are
-about 512 tokens."""
+"""A call for at most this many texts goes before larger ones. If the texts are documents, they may also have at most
+this many characters together, which are about 512 tokens."""
 STORED_AT_ONCE = 4_096
 """How many texts one statement looks for in the store."""
 LOOK_SECONDS = 2.0
-"""How long a call waits for others to look into the store for it. Then it looks itself."""
+"""How many seconds a call waits for the shared lookups of its event loop. Then it reads the store itself."""
 SLOW_SECONDS = 5.0
-"""How long after the last part was sent to a worker directly those without an answer are left to all workers."""
+"""How many seconds after the last part was sent to a worker directly the parts without an answer are left to all
+workers."""
 FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.002, 0.05
-"""How often a call looks for answers that no listener brings: at first, and later."""
+"""How many seconds pass between two checks for answers if no listener delivers them: at first, and later."""
 
 
 class SpaceGone(Exception):
@@ -68,8 +70,8 @@ class Inquiry:
     sockets: Sockets | None = None
     """The workers that can be asked directly; None if all is asked through Postgres."""
     lookups: Lookups | None = None
-    """Who looks into the store for all calls of an event loop. None if this call looks itself, in the transaction in
-    which it asks."""
+    """Reads the store for all calls of an event loop. None if this call reads it itself, in the transaction in which it
+    asks."""
     traceparent: str | None = None
     """The span of whoever called, in which workers answer."""
     _parts: list[list[bytes]] = field(default_factory=list)
@@ -79,12 +81,12 @@ class Inquiry:
     _urgency: int = 0
     _asked_directly_at: float = 0.0
     _suspects: set[bytes] = field(default_factory=set)
-    """The texts of which a worker may have died that was asked directly."""
+    """Texts that were sent to a worker directly, and that may have killed it."""
     _is_left: bool = False
-    """A worker did not answer a part that it was asked for directly."""
+    """True once a worker has not answered a part that was sent to it directly."""
 
     def steps(self) -> Steps[None]:
-        """Ask for what is missing, and wait for it. Whoever gives up in between withdraws all requests.
+        """Ask for what is missing, and wait for it. If the caller gives up in between, all requests are withdrawn.
 
         They block in :class:`WorkStep` alone. Raises :class:`SpaceGone`, :class:`EngineError` if a worker cannot embed
         one of the texts, and :class:`WaitTimeout`.
@@ -105,7 +107,7 @@ class Inquiry:
                 try:
                     yield WorkStep(partial(self._withdraw, rows))
                 except GeneratorExit:
-                    self._withdraw(rows)  # it may not have begun
+                    self._withdraw(rows)  # the withdrawal may not have begun
                     raise
             raise
 
@@ -124,7 +126,7 @@ class Inquiry:
                     embed_requests.withdraw_all(conn, rows)
 
     def _begin(self) -> Steps[None]:
-        """Take from the store what is there, and send the first parts."""
+        """Take the known vectors from the store, and send the first parts."""
         if self._may_ask_directly and self.sockets is not None and self.sockets.is_due:
             yield WorkStep(partial(self.sockets.refresh, self.transaction), is_awaited=not self.sockets.is_known)
         if self.kind == "document" and read.are_exact(self.space):
@@ -263,12 +265,13 @@ class Inquiry:
                 yield PauseStep(pause) if signal.is_given else WaitStep(signal, pause)
                 pause = min(LAST_LOOK_SECONDS, pause * 1.5)
             else:
-                # The signal was given and nothing came if the listener is gone, and only workers are asked directly.
+                # If the listener is gone and all open parts were sent to workers directly, the signal was given
+                # although no answer has come.
                 yield PauseStep(pause) if signal.is_given else WaitStep(signal, min(left, PATROL_SECONDS))
                 self.mailbox.patrol()
 
     def _fetch(self) -> list[AnswerRow]:
-        """Put the answers that there are into the mailbox."""
+        """Put the answers that have arrived in Postgres into the mailbox."""
         with self.transaction() as conn:
             answers = embed_requests.take_answers(
                 raw(conn), self.mailbox.open_rows, with_counts=embed_requests.has_columns(conn, "tokens")
@@ -326,7 +329,7 @@ class Inquiry:
             raise WaitTimeout(f"no worker answered in time. {look.result}.")
 
     def _why_late(self) -> str:
-        """What to do about an answer that did not come."""
+        """Why an answer did not come, and what to do about it."""
         try:
             with self.transaction() as conn:
                 lack = present.read(conn).lack(Route.OPENAI if self.space.spec.provider == OPENAI else Route.LOCAL)

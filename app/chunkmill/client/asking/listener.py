@@ -34,22 +34,23 @@ SOON_SECONDS, LATER_SECONDS = 0.002, 0.05
 """How long after the request the listener first looks for an answer without a notification, and how often it looks
 later. If notifications arrive, it looks only as often as that."""
 IDLE_SECONDS = 30.0
-"""How long the listener stays when no call waits any more. To connect again takes as long as a short text."""
+"""How long the listener keeps its connection when no call waits any more. Connecting again takes as long as embedding a
+short text."""
 RHYTHM_SECONDS = 1.0
 """How long it then goes on waking up every ``LATER_SECONDS``, so that a call need not wake it."""
 RECONNECT_SECONDS = 1.0
 """How long after an error no listener is started. Calls that begin meanwhile look for their answers themselves."""
 PATROL_SECONDS = 1.0
-"""How often a call that waits looks whether the listener is still at work."""
+"""How many seconds pass between two checks of a waiting call whether the listener still works."""
 PROVEN = 3
-"""So many answers in a row that came without a notification show that none will come."""
+"""After this many answers in a row that came without a notification, no notifications are expected any more."""
 MOST_AT_ONCE = 64
 """How many answers one statement fetches. Each may have 32 vectors."""
 
 
 @dataclass(frozen=True, slots=True)
 class SocketAnswer:
-    """What came of a request that was sent to a worker directly. Without ``embedded``, the worker left it."""
+    """The result of a request that was sent to a worker directly. Without ``embedded`` the worker gave no answer."""
 
     id: int
     """Below 0, because ids above 0 are those of rows."""
@@ -112,7 +113,7 @@ class Mailbox:
             self._open.discard(request_id)
 
     def deliver(self, answer: SocketAnswer) -> None:
-        """Hand over what came of a request that was sent to a worker directly."""
+        """Hand over the result of a request that was sent to a worker directly."""
         with self._mutex:
             signal = self.put(answer) if answer.id in self._open else None
         if signal is not None:
@@ -139,7 +140,9 @@ class Mailbox:
             return arrived
 
     def put(self, answer: AnswerRow | SocketAnswer) -> Signal | None:
-        """Add an answer. Returns the signal if it is to be given. Only with the mutex, as the next one."""
+        """Add an answer. Returns the signal if it is to be given. The caller of this method, or of the next one, must
+        hold the mutex.
+        """
         self._open.discard(answer.id)
         self._arrived.append(answer)
         return self._signal if answer.error is not None or len(self._open) <= self._wake_at else None
@@ -217,7 +220,7 @@ class Listener:
                 self._waiting.pop(request_id, None)
 
     def has_stopped(self) -> bool:
-        """Whether the listener has looked at nothing for ``PATROL_SECONDS``, as when its connection hangs."""
+        """Whether the listener has done nothing for ``PATROL_SECONDS``, for example because its connection hangs."""
         with self.mutex:
             return time.monotonic() - self._beat >= PATROL_SECONDS
 
@@ -228,7 +231,7 @@ class Listener:
             thread = None if self._databases or self._waiting else self._thread
         if thread is not None:
             self._wake()
-            thread.join(RECONNECT_SECONDS)  # it may be connecting to a server that does not answer
+            thread.join(RECONNECT_SECONDS)  # it may hang in a connect to a dead server
 
     def _start(self, now: float) -> bool:
         """Start the thread. Returns False if there was an error a moment ago."""
@@ -279,7 +282,7 @@ class Listener:
             self._say(error)
 
     def _say(self, error: Exception) -> None:
-        """Say why answers are looked for, once for each reason."""
+        """Log why answers have to be looked for, once for each reason."""
         said = reason_of(error)
         if said != self._said:
             logger.warning("cannot listen for answers of workers (%s): for now each call reads its own answer", said)

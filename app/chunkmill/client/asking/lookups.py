@@ -1,8 +1,8 @@
 """Looks into the store for all calls of one event loop: what waits is read in one statement, and takes no thread.
 
-There is no timer. An idle connection looks at once, and what comes while it is busy is looked for together. Whoever
-cannot be answered, because the connection is not open yet or was lost, is told so and looks in a transaction of its
-own.
+There is no timer. If the connection is idle, a call is looked up at once; calls that come while it is busy are looked
+up together. If a call cannot be answered, because the connection is not open yet or was lost, it is told so and reads
+the store in a transaction of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from chunkmill.store import read
 logger = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 1.0
-"""How long after an error no connection is tried."""
+"""How many seconds after an error no connection is tried."""
 MOST_HASHES = 4_096
 """How many texts one statement looks for."""
 
@@ -41,7 +41,7 @@ _SIZE, _NUMBER = struct.Struct("!i"), struct.Struct("!q")
 
 @dataclass(slots=True, eq=False)
 class Lookup:
-    """What one call looks for. The signal is given when ``stored`` says what there is, or when this way cannot tell."""
+    """What one call looks for. The signal is given when ``stored`` has the result, or if this lookup cannot be made."""
 
     space: Space
     hashes: Sequence[bytes]
@@ -77,7 +77,9 @@ class Lookups:
         return lookup
 
     def doubt(self, lookup: Lookup) -> None:
-        """The answer takes too long. If this is still so for the statement that runs, the connection is given up."""
+        """Report that the answer takes too long. If the texts are in the statement that runs, the connection is given
+        up.
+        """
         if lookup in self._under_way:
             self._lose("it does not answer")
         with contextlib.suppress(ValueError):
@@ -111,7 +113,7 @@ class Lookups:
         self._loop.add_reader(connection.fileno(), self._guarded, self._read)
 
     def _next(self) -> None:
-        """Send the next statement: all that waits for texts of the space of the first."""
+        """Send the next statement, for all calls that wait for texts of the same space as the first one."""
         if self._waiting and self._connection is not None:
             self._guarded(self._send, self._connection.pgconn)
 
@@ -149,7 +151,7 @@ class Lookups:
         pgconn.consume_input()
         while not pgconn.is_busy():
             while pgconn.notifies():
-                pass  # nothing is listened for, but whoever fills this connection's memory must not
+                pass  # nothing is listened for, but notifications must not fill this connection's memory
             result = pgconn.get_result()
             if result is not None:
                 self._results.append(result)
@@ -167,7 +169,8 @@ class Lookups:
                 lookup.stored = [
                     (content_hash, stored[content_hash]) for content_hash in lookup.hashes if content_hash in stored
                 ]
-        # After an error, such as of a space that was dropped, each call looks itself, and knows what to make of it.
+        # After an error, for example because the space was dropped, each call reads the store itself, and handles the
+        # error.
         self._next()
         for lookup in asked:
             lookup.signal.give()
@@ -179,7 +182,7 @@ class Lookups:
             self._lose(reason_of(error))
 
     def _lose(self, why: str) -> None:
-        """Let whoever waits look in a transaction of its own, and connect anew a little later."""
+        """Tell all waiting calls to read the store in transactions of their own, and connect anew a little later."""
         logger.info("the connection that looks into the store was lost: %s", why)
         self._not_before = time.monotonic() + AGAIN_SECONDS
         self._drop()

@@ -1,8 +1,8 @@
 """Requests that are sent straight to workers on this machine, through sockets that the workers announce in Postgres.
 
-It is an accelerator that may be missing: what no socket takes, and what a worker refuses or leaves, is asked through
-Postgres. A process has one connection to each worker, and one thread that reads from all of them. A client that lives
-in one event loop has connections of its own, from which that loop reads.
+Sockets only make this faster and may be missing: requests that no socket takes, or that a worker refuses or does not
+answer, go through Postgres. A process has one connection to each worker, and one thread that reads from all of them. A
+client that lives in one event loop has connections of its own, from which that loop reads.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from chunkmill.spaces.registry import Space
 logger = logging.getLogger(__name__)
 
 KNOWN_SECONDS = 3.0
-"""How long it is taken as known which workers have sockets."""
+"""How many seconds the list of workers with sockets is used before it is read again."""
 RETRY_SECONDS = 1.0
-"""How long after an error no connection to the same worker is tried."""
+"""How many seconds after an error no connection to the same worker is tried."""
 AVOID_SECONDS = 3.0
-"""How long a worker is not asked that leaves, or for a space whose model it has not loaded."""
+"""How many seconds a worker is not asked after it said that it is leaving, or for a space after it said that it has not
+loaded the model."""
 SILENT_SECONDS = 4.0
-"""How many seconds a worker with open requests may be silent before others get them. It says each second that it is
-alive."""
+"""How many seconds a worker with open requests may be silent before other workers get them. A worker reports every
+second that it is alive."""
 GREETING_SECONDS = 2.0
-"""How long a connection may take until both sides have proved that they know the token."""
+"""How many seconds a new connection has until both sides have proved that they know the token."""
 IDLE_SECONDS = 30.0
-"""How often the thread looks whether it is still needed while nothing happens."""
+"""How many seconds pass between two checks of an idle thread whether it is still needed."""
 MOST_TEXTS, MOST_LARGE_TEXTS = 512, 64
-"""How many texts are under way on one connection when a short call, and when a large one, may still send there. Beyond
-it they ask through Postgres, where any worker takes what is next."""
+"""How many texts may be under way on one connection for a short call, and for a large one, to send there too. If there
+are more, the call asks through Postgres, where any worker takes its request."""
 MOST_UNSENT_BYTES = 8 * 1024 * 1024
 READ_BYTES = 256 * 1024
 
@@ -98,12 +99,12 @@ class _Connection:
                 del self.unsent[: self.sock.send(self.unsent)]
 
     def limit(self, now: float) -> float:
-        """Until when something must be heard of the worker."""
+        """The time by which the worker must have sent something."""
         if not self.is_ready:
             return self.heard_at + GREETING_SECONDS
         if self.open:
             return self.heard_at + SILENT_SECONDS
-        # While it is in use, the thread sleeps so shortly that no request need wake it.
+        # While the connection is in use, the thread sleeps only for so short a time that no request need wake it.
         return now + (SILENT_SECONDS if now - self.heard_at < IDLE_SECONDS else IDLE_SECONDS)
 
 
@@ -300,7 +301,7 @@ class _ThreadHub(_Hub):
         """Close what is to be closed, and say for how long nothing else is to be done. None if the thread is to end."""
         self._close_what_is_over()
         with self.mutex:
-            # They are closed, so that the selector must be told the descriptors that they had.
+            # They are closed already, so the selector must be given the descriptors that they had.
             for fd in [fd for fd, key in selector.get_map().items() if isinstance(key.data, _Connection)]:
                 connection = selector.get_map()[fd].data
                 if connection not in self.connections:
@@ -344,7 +345,7 @@ class _LoopHub(_Hub):
                 self._loop.call_soon_threadsafe(self._look)
 
     def _close(self, connection: _Connection, why: str) -> None:
-        # Before it is closed, because another file may have its number then.
+        # This comes before the close, because afterwards another file may have the same number.
         self._loop.remove_reader(connection.sock)
         self._loop.remove_writer(connection.sock)
         self._reads.discard(connection)
@@ -388,7 +389,7 @@ class Sockets:
         self._connections: dict[str, _Connection] = {}
         self._not_before: dict[str, float] = {}
         self._unreachable: set[bytes] = set()
-        """The tokens of the workers of which it was said that they cannot be reached."""
+        """The tokens of workers for which the log already says that they cannot be reached."""
         self._read_at: float | None = None
         self._reading = threading.Lock()
 
@@ -454,7 +455,7 @@ class Sockets:
     def ask(self, space: Space, question: Question, mailbox: Mailbox, wake_at: int) -> int | None:
         """Send a request to the worker with the fewest texts under way. Returns its id, which is below 0.
 
-        What comes of it is delivered to the mailbox, once. None if no worker takes it.
+        Its result is delivered to the mailbox, once. None if no worker takes it.
         """
         with self._hub.mutex:
             if not any(self._takes(connection, space, question) for connection in self._connections.values()):
@@ -487,7 +488,9 @@ class Sockets:
         return None
 
     def cancel(self, request_ids: Iterable[int]) -> list[int]:
-        """Nobody waits for these requests any more. Returns those that had no answer; nothing more comes of them."""
+        """Cancel these requests, for which nobody waits any more. Returns those that had no answer; none will be
+        delivered for them.
+        """
         numbers = {-request_id & 0xFFFFFFFF for request_id in request_ids}
         cancelled: list[int] = []
         with self._hub.mutex:
@@ -541,7 +544,7 @@ class Sockets:
                     try:
                         sock = _connect(worker.address)
                     except OSError as error:
-                        if worker.token not in self._unreachable:  # in a container a worker has other paths
+                        if worker.token not in self._unreachable:  # a worker in a container has other paths
                             logger.info("worker %s cannot be reached at its socket: %s", worker.name, error.strerror)
                         self._unreachable.add(worker.token)
                         self._not_before[worker.name] = now + RETRY_SECONDS
@@ -558,7 +561,8 @@ def _connect(address: str) -> socket.socket:
     if kind == "unix":
         family, target = socket.AF_UNIX, rest
     elif kind == "tcp":
-        # A worker listens on loopback. Who writes another address into its row must not choose whom this machine asks.
+        # Workers listen on loopback only. If somebody writes another address into the table, this machine must not
+        # connect to it.
         host, _, port = rest.rpartition(":")
         try:
             ip, number = ipaddress.ip_address(host.strip("[]")), int(port)

@@ -27,7 +27,7 @@ CACHE_SECONDS = 10.0
 """How long a look into the database counts, also that there is no such key. A revoked key is forgotten at once where
 notifications arrive; behind a pooler that swallows them, after this time."""
 MOST_CACHED = 10_000
-"""So many ids are kept at most, because whoever guesses ids must not fill the memory."""
+"""How many ids are kept at most, so that a caller who guesses ids cannot fill the memory."""
 NOTED_SECONDS = 60.0
 """``last_used_at`` is written at most so often."""
 

@@ -49,7 +49,7 @@ class Use:
     """US dollars for one token."""
 
     def settle(self, tokens: int) -> None:
-        """So many tokens were used."""
+        """Book this number of tokens as used."""
         self.tokens = tokens
         self.usd = tokens * self.price
 

@@ -123,7 +123,7 @@ def list_all(conn: sa.Connection) -> list[tuple[ApiKey, MonthUsage]]:
 
 
 def read(conn: sa.Connection, ids: Collection[int]) -> dict[int, StoredKey]:
-    """Those of the keys that are neither revoked nor expired, by id."""
+    """The given keys by id, without those that are revoked or expired."""
     rows = conn.execute(_READ, {"ids": list(ids)})
     return {row.id: StoredKey(_key(row), bytes(row.sha256)) for row in rows}
 
@@ -142,7 +142,7 @@ def any_live(conn: sa.Connection) -> bool:
 
 
 def note_used(conn: sa.Connection, ids: Collection[int], *, seconds: float) -> None:
-    """Note that the keys are used now, except those of which that was noted less than ``seconds`` ago."""
+    """Note that the keys are used now. A key whose use was noted less than ``seconds`` ago is left out."""
     conn.execute(_USED, {"ids": sorted(ids), "seconds": seconds})
 
 

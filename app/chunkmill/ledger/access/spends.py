@@ -1,11 +1,11 @@
 """What a key of the gateway spends on the jobs, served batches and re-embeddings that it begins.
 
 The bill (``charges`` and ``adjustments``) names the job whose ChunkBatch sent a content, and a content is sent once for
-all jobs that need it. So the key that began this job pays, and no other. A spend is one beginning: its jobs, what they
-were expected to cost, and what of both counts in which month of the key.
+all jobs that need it. So the key that began this job pays, and no other. A spend is what one such beginning costs: its
+jobs, what they were expected to cost, what they were charged, and the months of the key in which these amounts count.
 
 What is expected is reserved in the transaction that makes the job. From then on a poller lets the bill replace it, also
-after the key was revoked. Work that no key began, as that of the command line, belongs to no spend.
+after the key was revoked. Work that no key began, such as a job of the command line, belongs to no spend.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class QuotaExceeded(BudgetExceeded):
 
 @contextlib.contextmanager
 def paid_by(key_id: int | None) -> Iterator[None]:
-    """What begins in this block, in its tasks and its threads is begun by this key; None means by no key."""
+    """Whatever begins in this block, and in its tasks and threads, is paid for by this key; None means that no key
+    pays.
+    """
     token = _PAYER.set(key_id)
     try:
         yield
@@ -43,7 +45,7 @@ def paid_by(key_id: int | None) -> Iterator[None]:
 
 
 def payer() -> int | None:
-    """The key that begins what begins now."""
+    """The key that pays for what begins now."""
     return _PAYER.get()
 
 
@@ -54,8 +56,8 @@ def are_kept(conn: sa.Connection) -> bool:
 
 
 def is_limited(conn: sa.Connection) -> bool:
-    """Whether what begins now is begun by a key whose dollars of a month are limited, so that its cost must be known
-    before."""
+    """Whether the key that pays for what begins now has a monthly limit in dollars, so that the cost must be known
+    first."""
     if payer() is None or not are_kept(conn):
         return False
     query = "SELECT EXISTS (SELECT FROM api_keys WHERE id = :key AND usd_per_month IS NOT NULL)"
@@ -196,7 +198,7 @@ def due(conn: sa.Connection, *, again: bool) -> list[int]:
 
 
 def settle(conn: sa.Connection, spend_id: int) -> bool:
-    """Let the bill replace what is reserved for a spend, as far as it goes by now. Returns whether all has ended."""
+    """Replace what is reserved for a spend by what was charged so far. Returns whether all of its jobs have ended."""
     return bool(conn.execute(sa.text("SELECT settle_api_key_spend(:id)"), {"id": spend_id}).scalar_one())
 
 

@@ -77,7 +77,7 @@ def this_month(conn: sa.Connection) -> date:
 
 
 def reserve(conn: sa.Connection, asked: Sequence[Demand]) -> tuple[date, list[str | None]]:
-    """The month, and for each request None if it is reserved, else the limit that stands against it: ``tokens`` or
+    """The month, and for each request None if it is reserved, else the limit that it would exceed: ``tokens`` or
     ``usd``.
 
     Requests of one key are served in order, so a smaller one may fit after a larger one did not. For a key that is not
@@ -105,7 +105,7 @@ def book(conn: sa.Connection, booked: Months) -> None:
 
 
 def _locked(conn: sa.Connection, wanted: Collection[tuple[int, date]]) -> dict[tuple[int, date], UsageBooking]:
-    """What the months have so far. They stay locked until the transaction ends."""
+    """What is booked in the months so far. Their rows stay locked until the transaction ends."""
     parameters = {"ids": [key_id for key_id, _ in wanted], "months": [month for _, month in wanted]}
     conn.execute(_MAKE, parameters)
     rows = conn.execute(_LOCK, parameters)

@@ -136,7 +136,7 @@ class DeadFilter:
         return {"ids": ids, "job_id": self.job_id, "collection": self.collection, "code": self.code}
 
 
-# What is left of the lists of a dropped collection is about to be deleted, and is nobody's any more.
+# The entries of a dropped collection are left out, because they are about to be deleted.
 _COUNT_CODES = sa.text("""
 SELECT d.code, count(*) AS n
 FROM dead_chunks d

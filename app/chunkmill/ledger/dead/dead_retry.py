@@ -162,7 +162,8 @@ FOR NO KEY UPDATE
 
 
 def _locked(conn: sa.Connection, dead_filter: DeadFilter) -> list[DeadEntry]:
-    """The selected entries, with their jobs locked: nobody ends, cancels or retries these during this transaction.
+    """The selected entries, with their jobs locked: no other transaction can end, cancel or retry these before this one
+    has ended.
 
     Raises :class:`NotFound` for an id that does not exist, or if nothing is selected at all.
     """

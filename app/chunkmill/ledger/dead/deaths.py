@@ -108,7 +108,7 @@ def take_back_from(conn: sa.Connection, owner: str, *, evidence: str) -> TakenBa
     return _account_for(conn, rows, evidence)
 
 
-# An attempt that had written nothing has no account yet, so this opens one.
+# An attempt that had written nothing has no row in ``usage`` yet, so this adds one.
 _CLOSE_ACCOUNTS = sa.text("""
 INSERT INTO usage (
     chunk_batch_id, attempt, job_id, space_id, provider, worker,
@@ -206,7 +206,9 @@ def _missing(
 def _close(
     conn: sa.Connection, row: sa.Row[Any], space: registry.VectorTable, moved: Sequence[bytes], *, code: str, note: str
 ) -> None:
-    """Complete a ChunkBatch with what is embedded; the rest is in other ChunkBatches or on the dead list by now."""
+    """Complete a ChunkBatch with what is embedded; its other contents are in other ChunkBatches or on the dead list by
+    now.
+    """
     gone = set(moved)
     kept = [content_hash for content_hash in row.content_hashes if content_hash not in gone]
     buried = len(gone) if code == KILLS_WORKERS else 0

@@ -16,7 +16,7 @@ from chunkmill.ledger.provider import provider_lanes
 
 SHOWN_PROVIDER_BATCHES = 100
 LOOKED_AT = 20
-"""Of how many waiting ChunkBatches it is looked up whether others have their contents in flight."""
+"""For how many waiting ChunkBatches this looks up whether their contents are in flight elsewhere."""
 
 
 def explain(conn: sa.Connection, job_id: int) -> Explanation:

@@ -9,7 +9,7 @@ from chunkmill.spaces import others
 from chunkmill.spaces.registry import VectorTable
 
 ENDED_CHANNEL = "chunkmill_ended"
-"""A trigger (migration 0029) notifies it with the number of each job that ends."""
+"""The channel on which a trigger (migration 0029) notifies of the number of each job that ends."""
 
 _LOCK_RUNNING_JOB = sa.text("""
 SELECT j.collection_id
@@ -28,7 +28,7 @@ SELECT EXISTS (
     SELECT FROM chunk_batches
     WHERE job_id = :id AND state IN (:available, :running))
 """)
-# Its attempts bound how often: a vector that never stays must fail the job, not circle for ever.
+# ``max_attempts`` bounds how often this happens: if a vector is missing each time, the job must fail in the end.
 _REOPEN = sa.text("""
 UPDATE chunk_batches
 SET state = CASE WHEN attempt < max_attempts THEN :available ELSE :discarded END,
@@ -63,11 +63,11 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     """End a sealed job that has no open ChunkBatches; returns its new state, or None if it goes on.
 
     The anti-join decides. If a vector is missing that no dead chunk explains (someone deleted it, or a worker's promise
-    was false), its ChunkBatch becomes available again instead, while it has attempts. A job to which the filling of a
-    space is about to add more goes on too. One transaction at a time ends a
-    job. Without ``wait``, a job that another transaction is ending is skipped. The job is
-    judged by the chunks of its collection if its space is one of the collection's, active or not; otherwise the
-    collection has left that space, and its chunks say nothing about the job.
+    was false), its ChunkBatch becomes available again instead, while it has attempts. A job that fills a space also
+    goes on if more contents are about to be added to it. One transaction at a time ends a job. Without ``wait``, a job
+    that another transaction is ending is skipped. The job is judged by the chunks of its collection if its space is one
+    of the collection's, active or not; otherwise the collection has left that space, and its chunks say nothing about
+    the job.
     """
     lock = _LOCK_RUNNING_JOB if wait else _LOCK_RUNNING_JOB_OR_SKIP
     collection_id = conn.execute(lock, {"id": job_id, "running": JobState.RUNNING}).scalar_one_or_none()
@@ -122,8 +122,9 @@ def fills_are_kept(conn: sa.Connection) -> bool:
 
 
 def _is_being_filled(conn: sa.Connection, job_id: int) -> bool:
-    """Whether a pass of a re-embedding is about to add to the job. The anti-join reads all of the job's contents, so
-    that to end it after each page, when workers are faster, would cost the square of the collection.
+    """Whether a pass of a re-embedding is about to add to the job. The anti-join reads all of the job's contents, so if
+    the job ended after each page, which happens when workers are fast, the cost would grow with the square of the
+    collection's size.
     """
     return fills_are_kept(conn) and bool(conn.execute(_IS_BEING_FILLED, {"id": job_id}).scalar_one())
 

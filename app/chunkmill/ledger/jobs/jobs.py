@@ -53,8 +53,8 @@ def open_job(
     """Create a job in state ``enqueueing``; returns None if another transaction has used the key meanwhile.
 
     ``choice`` is the lane of a new job; ``route`` is what the caller asked for. Look for a job of the key with
-    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it. A job of the outbox
-    has its number ``job_id`` already. If it was opened meanwhile, this returns None too.
+    :func:`of_key` first: an insert that meets a conflict uses up a number of the sequence. A job of the outbox has its
+    number ``job_id`` already. If it was opened meanwhile, this returns None too.
     """
     at = conn.execute(sa.text("SELECT now()")).scalar_one()
     routing = [entry(choice, at)] if choice else []
@@ -157,12 +157,12 @@ def drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
 
 
 def _producer_lock(job_id: int) -> dict[str, int]:
-    # A key has 32 bits. A collision after 2**31 jobs would only delay the moment when an abandoned job is noticed.
+    # A key has 32 bits. If two jobs, 2**31 apart, share a key, an abandoned job is only noticed later.
     return {"key": PRODUCER_LOCK, "job": job_id % 2**31}
 
 
 def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
-    """Start an unfinished enqueue over in the same job; what is embedded by now will be a cache hit.
+    """Start an unfinished enqueue over in the same job; contents that are embedded by now will be found in the cache.
 
     Returns False if the job was enqueued to its end or cancelled. Such a job stays as it is.
     """
@@ -174,10 +174,11 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
     states = {"enqueueing": JobState.ENQUEUEING, "cancelled": JobState.CANCELLED}
     if conn.execute(sa.text(reopen), {"id": job_id} | states).rowcount == 0:
         return False
-    # A flip must not rely on a look from before, because it would find none of these ChunkBatches. The sequence is
-    # missing on the schema of the last release.
+    # A flip must not rely on a check that it made before this, because these ChunkBatches are deleted. The schema of
+    # the last release has no such sequence.
     conn.execute(sa.text("SELECT nextval(to_regclass('reopenings'))"))
-    # Usage refers to the ChunkBatches that were claimed, so those stay; a worker that holds one may finish it.
+    # ChunkBatches that were claimed stay, because rows of ``usage`` refer to them; a worker that holds one may finish
+    # it.
     delete = """
         DELETE FROM chunk_batches b
         WHERE job_id = :id
@@ -299,8 +300,8 @@ def get(conn: sa.Connection, job_id: int) -> Job:
     """One job with the first of its dead chunks. Raises :class:`NotFound`."""
     rows = _select(conn, [job_id])
     if not rows or (rows[0].state == JobState.FAILED and rows[0].sealed_at is None):
-        # A producer's own transaction has committed it, or what a producer that died has left out, and that is not
-        # delivered yet. It may be delivered in between.
+        # The job is in the outbox, or a producer died before it had sent all of it and another one has put the whole
+        # into the outbox. It may be delivered between the two queries.
         undelivered = outbox.job(conn, job_id) if outbox.is_kept(conn) else None
         if undelivered is not None:
             return undelivered
@@ -341,7 +342,7 @@ WHERE (CAST(:before AS bigint) IS NULL OR id < CAST(:before AS bigint))
 ORDER BY id DESC
 LIMIT :limit
 """
-# The newest of each collection are at the end of an index, and so are few rows, however many jobs there are.
+# The newest jobs of each collection are at the end of an index, so few rows are read, however many jobs there are.
 _PAGE_OF_COLLECTIONS = """
 SELECT newest.id
 FROM unnest(CAST(:collections AS bigint[])) AS k(id)
@@ -363,7 +364,7 @@ def page(
     """The newest ``limit`` jobs, without their dead chunks: those with a smaller id than ``before``, and of these
     collections only, if they are given. Those in the outbox are among them.
     """
-    # One that is delivered between the two looks is seen twice, and the latter one counts.
+    # A job that is delivered between the two queries is found by both, and the second result counts.
     undelivered = []
     if outbox.is_kept(conn):
         undelivered = outbox.listed(conn, limit=limit, before=before, collections=collections)
@@ -380,7 +381,7 @@ def page(
 def with_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
     """The job that an enqueue with this key created, without its dead chunks."""
     query = "SELECT id FROM jobs WHERE idempotency_key = :key"
-    # The outbox first: a job that is delivered between the two looks is seen by the second one.
+    # The outbox is read first, so that a job that is delivered between the two queries is found by the second one.
     undelivered = outbox.job_of_key(conn, idempotency_key) if outbox.is_kept(conn) else None
     jobs = _all(conn, conn.execute(sa.text(query), {"key": idempotency_key}).scalars().all())
     return jobs[0] if jobs else undelivered

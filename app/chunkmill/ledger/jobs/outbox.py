@@ -1,7 +1,7 @@
 """The outbox: jobs that a producer wrote in a transaction of its own, until they are delivered.
 
-What the producer's connection runs names the schema, because that connection has a search path of its own. What a
-connection of ours runs does not. On the schema of the last release there is no outbox.
+The statements that the producer's connection runs name the schema, because that connection has its own search path. The
+statements of our own connections do not name it. On the schema of the last release there is no outbox.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from chunkmill.errors import InvalidChunk, NotFound
 from chunkmill.spaces import registry
 
 OUTBOX_CHANNEL = "chunkmill_outbox"
-"""Postgres notifies it with the number of a job once the producer's transaction is committed."""
+"""The channel on which Postgres notifies of the number of a job once the producer's transaction is committed."""
 
 LATE_SECONDS = 10.0
-"""After how long in the outbox nobody seems to deliver a job."""
+"""If a job has been in the outbox for this long, no poller seems to deliver."""
 
 WAITS = (
     "The job was enqueued within a transaction and is not delivered yet, which a poller with the rights of a producer "
@@ -252,7 +252,7 @@ def delete(conn: sa.Connection, job_id: int) -> bool:
 
 
 def lock_key(conn: sa.Connection, idempotency_key: str) -> None:
-    """Wait for the transactions that enqueue with this key, and let others wait for this one."""
+    """Wait for other transactions that enqueue with this key. Later ones wait for this transaction."""
     lock = "SELECT pg_advisory_xact_lock(:lock, hashtext(:key))"
     conn.execute(sa.text(lock), {"lock": KEY_LOCK, "key": idempotency_key})
 
@@ -302,8 +302,8 @@ def job_of_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
     return None if entry is None else job(conn, entry.job_id)
 
 
-# Whoever looks at some collections sees the entries for these. One for a collection that is still to be made has none.
-# An entry may name a collection by an alias.
+# If only some collections are asked for, only entries of these are returned. The collection of an entry may not exist
+# yet, and an entry may name it by an alias.
 _LISTED = sa.text("""
 SELECT o.job_id, coalesce(aliased.name, o.collection), o.fingerprint, o.request -> 'spec' ->> 'model',
        o.request ->> 'route', o.request ->> 'priority', o.idempotency_key, o.n_chunks, o.created_at

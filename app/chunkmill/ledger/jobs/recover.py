@@ -67,10 +67,11 @@ _ADVICE = (
 
 
 def fail_abandoned(conn: sa.Connection) -> list[int]:
-    """Fail the jobs whose producer died before its iterable ended; returns their ids. What they committed is embedded.
+    """Fail the jobs whose producer died before its iterable ended; returns their ids. The chunks that they had
+    committed are embedded.
 
     A live producer holds the job's advisory lock on its connection (``chunkmill.ledger.jobs.jobs.hold_producer_lock``).
-    The chunks of a job in the outbox are there, so that it is delivered again.
+    A job in the outbox is not failed: its chunks are still there, so it is delivered again.
     """
     but = outbox.being_delivered(conn) if outbox.is_kept(conn) else []
     parameters = {"class": PRODUCER_LOCK, "advice": _ADVICE, "but": but}
@@ -92,7 +93,7 @@ WHERE deadline < clock_timestamp() - make_interval(secs => :grace)
 def delete_old_requests(conn: sa.Connection, *, older_than_seconds: float = 600, grace_seconds: float = 5) -> None:
     """Delete embed requests whose answer nobody took, because their caller gave up or died.
 
-    Those that say until when somebody waits are deleted ``grace_seconds`` after that.
+    A request that states its deadline is deleted ``grace_seconds`` after the deadline.
     """
     conn.execute(_DELETE_OLD_REQUESTS, {"age": older_than_seconds})
     if embed_requests.has_columns(conn, "deadline"):

@@ -25,7 +25,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 
 SLICE = 5_000
-"""ChunkBatches of a job that one call moves."""
+"""How many ChunkBatches of a job one call moves."""
 MEASURED_ATTEMPTS = 10_000
 """How many of the latest attempts tell the speed of local workers. ``usage`` has no index by space."""
 
@@ -43,7 +43,7 @@ def may_cost(settings: Settings, spec: SpaceSpec, asked: Route) -> bool:
 
 
 def job_may_cost(conn: sa.Connection, settings: Settings, job_id: int) -> bool:
-    """The same of a job. One of a space that this release cannot read may."""
+    """Whether the job may come to a paid lane. If this release cannot read the job's space, it may."""
     query = "SELECT route, space_id FROM jobs WHERE id = :id"
     row = conn.execute(sa.text(query), {"id": job_id}).one()
     space = registry.get_if_readable(conn, row.space_id)
@@ -60,7 +60,7 @@ def decide(
     if asked not in (Route.LOCAL, Route.AUTO) or spec.provider == OPENAI:
         settings.require_provider()
     require_served(asked, lanes_of(settings, spec), spec)
-    # Without a deadline nothing is compared with the time.
+    # Without a deadline, how long the lanes take does not matter.
     now = datetime.now(UTC) if deadline is None else conn.execute(sa.text("SELECT now()")).scalar_one()
     return choose(asked, offers(conn, settings, spec), now=now, deadline=deadline)
 
@@ -126,8 +126,8 @@ def lane_of(asked: str, routing: Sequence[dict[str, Any]]) -> Route:
     return Route(routing[-1]["route"]) if routing else Route.LOCAL
 
 
-# The first conditions spare the look at the ChunkBatches while no lane is stopped, no deadline is near, and no job is
-# in a lane only because a better one was stopped.
+# The first conditions avoid reading the ChunkBatches while no lane is stopped, no deadline is near, and no job is in
+# its lane only because a better one was stopped.
 _JOBS_TO_MOVE = with_constants(
     """
 SELECT id, space_id, state, deadline, routing, now() AS now
@@ -197,7 +197,7 @@ def _reroute(conn: sa.Connection, settings: Settings, job: sa.Row[Any], stopped:
             _note(conn, job, replace(best, because=because), leaving=current)
             return _move(conn, job.id, left | {current.value}, best.route)
     if best.instead_of is None and "instead_of" in last:
-        _forget(conn, job.id, "instead_of")  # nothing is out any more, and yet this lane is the best one
+        _forget(conn, job.id, "instead_of")  # no better lane is stopped any more
     if current not in can_take:
         return 0
     # The job was moved before. This is the next slice, or what its producer has added since.

@@ -1,6 +1,6 @@
 """What a job's producer handed in: how it met the collection, and a digest to compare the next stream of its key with.
 
-On the schema of the last release there is no table for it. Then nothing is kept, and nothing compared.
+The schema of the last release has no table for this: there nothing is kept, and nothing compared.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SET n_new = job_streams.n_new + excluded.n_new,
     n_unchanged = job_streams.n_unchanged + excluded.n_unchanged,
     n_repeated = job_streams.n_repeated + excluded.n_repeated
 """)
-# Until its deletions have ended, the fence of a replacing job stands behind the digest, and behind the fence the number
-# of this transaction. Code that does not know of it finds another digest, and refuses to go on.
+# While a replacing job still has chunks to delete, its fence and the number of this transaction are appended to the
+# digest. Code that does not know this sees a digest that differs, and refuses to go on.
 _SEAL = sa.text("""
 INSERT INTO job_streams (job_id, digest)
 VALUES (
@@ -147,7 +147,9 @@ def seal(conn: sa.Connection, job_id: int, digest: bytes | None, fence: int | No
 
 @dataclass(frozen=True, slots=True)
 class Deletions:
-    """How far the deletions of a sealed job are. Without a ``fence`` nobody knows any more what was there before it."""
+    """How far the deletions of a sealed job are. Without a ``fence`` it is not known any more which chunks were there
+    before the job.
+    """
 
     are_done: bool
     fence: int | None

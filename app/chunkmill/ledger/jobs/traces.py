@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 MOST_LINKS = 32
-"""Links to jobs in the span of one ProviderBatch, which may carry contents of many jobs."""
+"""The most links to jobs in the span of one ProviderBatch, which may carry contents of many jobs."""
 
 
 def keep(conn: sa.Connection, job_id: int, traceparent: str | None) -> None:

@@ -80,7 +80,7 @@ def day_adjusted(conn: sa.Connection) -> AdjustedSums:
 
 
 def _adjusted(conn: sa.Connection, period: Literal["day", "month"], route: Route | None) -> AdjustedSums:
-    """The adjustments of this day or month (UTC). None is of a later day."""
+    """The adjustments of this day or month (UTC). No adjustment is of a later day."""
     if not is_kept(conn):
         return AdjustedSums()
     rows = conn.execute(
@@ -134,7 +134,7 @@ def correct(
     """Book a correction once. See :meth:`Client.correct_charge`, which also says what is raised."""
     if not keeps_keys(conn):
         raise StoreUnavailable("the database cannot keep corrections yet. Run: chunkmill migrate")
-    lock(conn, BUDGET_LOCK)  # two corrections at once must not both see the sum from which they take
+    lock(conn, BUDGET_LOCK)  # two corrections at once must not both take from the same sum
     given = {"day": day, "route": route, "job": job_id, "usd": usd, "reason": reason, "author": author, "key": key}
     booked = _of_key(conn, key)
     if booked is not None:
@@ -161,7 +161,7 @@ def correct(
 
 
 _KINDS = {"kind": AdjustmentKind.CORRECTION}
-# Of the whole month, because an invoice names no days.
+# The sum is that of the whole month, because an invoice names no days.
 _BOOKED_IN_MONTH = sa.text("""
 SELECT coalesce(sum(usd), 0)
 FROM (

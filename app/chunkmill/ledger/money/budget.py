@@ -24,7 +24,8 @@ _COMMITTED = [state for state in ProviderBatchState if state.is_committed]
 def read(conn: sa.Connection, settings: Settings) -> Budget:
     """The budget of this month, with or without a limit."""
     month = conn.execute(sa.text(f"SELECT {charges.MONTH}")).scalar_one()
-    # In this order: what is booked between the two statements then counts twice for a moment, and never not at all.
+    # The order matters: what is booked between the two statements counts twice for a moment. In the other order it
+    # would not count at all.
     in_flight = committed(conn, settings)
     confirmed, adjusted = charges.month_confirmed(conn), adjustments.month_adjusted(conn)
     limit = settings.openai_monthly_budget_usd
@@ -73,7 +74,7 @@ def why_held(conn: sa.Connection, settings: Settings, spec: SpaceSpec, usd: Deci
     """Why work of a space may not be sent now; None if it may.
 
     Counts what this transaction has put in flight, and ``usd`` for what it is about to put there. Until it ends, other
-    transactions wait here, so that no two see the same room. Therefore call it last, and commit soon: nothing may be
+    transactions wait here, so that no two spend the same money. Therefore call it last, and commit soon: nothing may be
     sent before the commit.
     """
     if settings.openai_monthly_budget_usd is None:
@@ -130,7 +131,8 @@ def committed(conn: sa.Connection, settings: Settings) -> Decimal:
 def due_notices(conn: sa.Connection, budget: Budget, *, warn_percent: int) -> tuple[int, ...]:
     """Mark the thresholds that are reached and not warned of yet as warned of; returns them, the highest last.
 
-    Give the warning before the commit: after a rollback it is due again. Nothing is due while another poller gives it.
+    Send the warnings before the commit: after a rollback they are due again. While another poller is sending them, this
+    returns nothing.
     """
     reached = due_percents(budget, warn_percent)
     if not reached or not conn.execute(

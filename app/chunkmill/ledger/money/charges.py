@@ -19,7 +19,7 @@ from chunkmill.domain.providers import OPENAI, ProviderModel
 from chunkmill.domain.states import Route
 
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
-"""The day of a charge in SQL. What is booked, and what is summed up of it, must mean the same day."""
+"""The day of a charge in SQL. Booking and summing must use the same day."""
 MONTH = f"date_trunc('month', {TODAY})::date"
 """The first day of its month in SQL, for the same reason."""
 NO_MODEL = "(no model)"
@@ -73,7 +73,8 @@ def book(
     tokens: int,
     usd: Decimal,
 ) -> None:
-    """Add to today's charge. Call it in the transaction that writes the vectors: both are there, or neither.
+    """Add to today's charge. Call it in the transaction that writes the vectors, so that either both are committed or
+    neither is.
 
     ``job_id`` is 0 for a caller who waits for the answer, as a search does; ``provider_batch_id`` is 0 for plain
     requests.
@@ -100,7 +101,7 @@ def book(
 
 
 def month_confirmed(conn: sa.Connection) -> Decimal:
-    """US dollars of this calendar month that answers confirmed. Beside them stand the adjustments."""
+    """US dollars of this calendar month that answers confirmed. Adjustments are not among them."""
     spent = conn.execute(sa.text(f"SELECT coalesce(sum(usd), 0) FROM charges WHERE day >= {MONTH}")).scalar_one()
     return Decimal(spent)
 

@@ -1,11 +1,11 @@
 """What a provider may charge for questions: requests of ``embed_requests`` that a worker of a paid route has.
 
-Such a request is its caller's: whoever waits deletes it, before or after the answer, and a crash of Postgres empties
-its table. So what a question may cost is here. Only the worker that asks it deletes its row, or, if that worker is
-gone, the one that books what it may have cost. The probes of a worker are questions of its own.
+The row of such a request belongs to its caller, who deletes it before or after the answer, and a crash of Postgres
+empties its table. Therefore the possible cost of a question is kept here. Only the worker that asks it deletes its row,
+or, if that worker is gone, the one that books what it may have cost. The probes of a worker are questions of its own.
 
-Each change names its guard and is made in the transaction that books. What is not there any more is booked already: by
-an earlier run of the same transaction, or by another worker.
+Each change names its guard and is made in the transaction that books. If a row is missing, its cost is booked already:
+by an earlier run of the same transaction, or by another worker.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def mark_sent(conn: sa.Connection, key: bytes, *, contents: int, tokens: int, un
 
 
 def take_sent(conn: sa.Connection, key: bytes) -> bool:
-    """Take what was sent out of flight, to be booked in this transaction. Returns False if it is booked already."""
+    """Take the requests that were sent out of flight, so that this transaction books them. Returns False if it is
+    booked already.
+    """
     taken = conn.execute(
         sa.text("""
             UPDATE provider_questions
@@ -94,7 +96,8 @@ def overdue_spaces(conn: sa.Connection) -> Sequence[int]:
 def take_overdue(conn: sa.Connection, space_id: int) -> Sequence[sa.Row[Any]]:
     """Take the questions of a space out of flight whose workers are taken for dead, to be booked in this transaction.
 
-    Returns ``(contents, tokens)`` of each request that may have been sent. What another transaction has is left to it.
+    Returns ``(contents, tokens)`` of each request that may have been sent. Questions that another transaction has
+    locked are left to it.
     """
     return conn.execute(
         sa.text("""
@@ -119,7 +122,8 @@ def take_overdue(conn: sa.Connection, space_id: int) -> Sequence[sa.Row[Any]]:
 def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
     """The tokens of questions in flight that are not booked: ``(space_id, route, tokens)`` of each space.
 
-    Paid workers of the last release note theirs in ``embed_requests``. Its schema has no table of questions.
+    Paid workers of the last release note their questions in ``embed_requests``, because its schema has no table of
+    questions.
     """
     if not conn.execute(sa.text("SELECT to_regclass('provider_questions') IS NOT NULL")).scalar_one():
         return ()

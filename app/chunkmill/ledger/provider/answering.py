@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_model(conn: sa.Connection, space_id: int, *, asked: str, answered: str | None) -> str | None:
-    """Why vectors of the model ``answered`` may not enter the space; None if they may.
+    """Why vectors that the model ``answered`` has made may not enter the space; None if they may.
 
     An answer that does not name its model may enter. Call it in the transaction that writes the vectors.
     """
@@ -37,7 +37,7 @@ def refuse_model(conn: sa.Connection, space_id: int, *, asked: str, answered: st
             )
     if not is_same_model(known, answered):
         return _reason(conn, space_id, known, answered)
-    if len(answered) > len(known):  # a date was added, and from now on another date is another model
+    if len(answered) > len(known):  # the name now has a date; from now on another date is another model
         conn.execute(
             sa.text("UPDATE answering_models SET model = :model WHERE space_id = :space"),
             {"space": space_id, "model": answered},
@@ -58,7 +58,7 @@ def _noted(conn: sa.Connection, space_id: int) -> str | None:
 
 
 def _note(conn: sa.Connection, space_id: int, answered: str) -> str:
-    """The model that is noted: this one, or another that another worker noted at the same moment."""
+    """Note the model, unless another worker has noted one at the same moment; returns the model that is noted."""
     conn.execute(
         sa.text("""
             INSERT INTO answering_models (space_id, model)

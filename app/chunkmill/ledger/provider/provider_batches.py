@@ -28,7 +28,7 @@ ENDED = [status for status in RemoteStatus if status.is_terminal]
 """The ``provider_status`` of a batch that is not in the provider's queue any more. While its result files are not all
 there, which may take hours, it is still ``submitted``; counted as enqueued, it would keep all other work waiting."""
 UNSENT_AT_A_TIME = 20
-"""How many ProviderBatches one transaction takes over: each may hold 50,000 contents."""
+"""How many ProviderBatches one transaction takes over. It is small because each may hold 50,000 contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ _COLUMNS = """
     coalesce(extract(epoch FROM clock_timestamp() - cancel_requested_at), 0)::float AS cancelled_for_s,
     (created_at AT TIME ZONE 'UTC')::date AS created_on
 """
-"""The columns of a `Step`. Whoever takes one reads the same of it, by whichever of three statements."""
+"""The columns of a `Step`, which three statements read."""
 
 
 def spaces_to_gather(conn: sa.Connection, *, wait_seconds: float, full: int) -> list[int]:
@@ -152,7 +152,9 @@ def open_gathering(conn: sa.Connection, space_id: int) -> None:
 
 
 def any_open(conn: sa.Connection) -> bool:
-    """Whether any ProviderBatch is open. Most deployments have none, and their pollers need not ask Redis."""
+    """Whether any ProviderBatch is open. Where none is, as in most deployments, a poller need not ask Redis for bells
+    of steps.
+    """
     query = sa.text("SELECT EXISTS (SELECT FROM provider_batches WHERE state <> :closed)")
     return bool(conn.execute(query, {"closed": State.CLOSED}).scalar_one())
 
@@ -273,7 +275,7 @@ def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: 
 
 def advance(conn: sa.Connection, step: Step, state: State, **columns: Any) -> Step:
     """Complete the step: the ProviderBatch is in ``state`` now and has the new ``columns``. Raises LeaseLost."""
-    fresh = {} if state is State.CLEANING else {"error": None}  # why it ended stays on record
+    fresh = {} if state is State.CLEANING else {"error": None}  # the reason why it ended stays in the row
     return _change(conn, step, {"failures": 0, "state": state, **fresh, **columns})
 
 
@@ -290,7 +292,7 @@ def release(conn: sa.Connection, step: Step, *, delay_s: float, failed: str | No
     if failed is not None:
         columns |= {"failures": step.failures + 1, "error": failed}
     due = sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, delay_s)
-    # The owner of the attempt may give it back at whatever step it has come to.
+    # The state is not part of the guard: the owner of the attempt may give the lease back at any step.
     _change(
         conn,
         step,
@@ -498,7 +500,7 @@ def _change(
     any_state: bool = False,
 ) -> Step:
     table = _table()
-    # The provider's own words are among them.
+    # Some texts are the provider's own words, which may have characters that Postgres does not store.
     columns = {name: storable(value) if type(value) is str else value for name, value in columns.items()}
     held = sa.and_(table.c.id == step.id, table.c.attempt == step.attempt)
     row = conn.execute(

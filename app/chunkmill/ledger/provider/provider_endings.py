@@ -1,6 +1,6 @@
 """Ends ProviderBatches without asking the provider: what was not sent is given back, what is stuck is let go.
 
-A worker in such a ProviderBatch loses its lease and changes nothing any more.
+A worker that holds the lease of such a ProviderBatch loses it, and can change nothing any more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ABANDONED = "abandoned"
 def settle(conn: sa.Connection, step: Step, **columns: object) -> Step:
     """Move a ProviderBatch to ``cleaning`` and settle the ChunkBatches that waited for it.
 
-    Call it after its contents have left flight. Its files may still be at the provider, and ``cleaning`` deletes them.
+    Call it when none of its contents is in flight any more. Its files may still be at the provider, and ``cleaning``
+    deletes them.
     """
     cleaning = provider_batches.advance(conn, step, State.CLEANING, **columns)
     provider_work.settle(conn, registry.get(conn, step.space_id), provider_work.members(conn, step.id))

@@ -185,7 +185,8 @@ def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: 
             WHERE provider_batch_id = :id AND request_no > :after AND request_no <= :last
             ORDER BY request_no, position
         """),
-        # The sum is not Postgres's, to which psycopg sends small numbers as smallints.
+        # The sum is made here and not in Postgres, because psycopg sends small numbers as smallints, and their sum
+        # could overflow.
         {"id": provider_batch_id, "after": after, "last": after + limit},
     )
     return [_in_flight(row) for row in rows]
@@ -246,9 +247,9 @@ def texts(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, str]:
 
 
 def mark_sent(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> None:
-    """Note which contents are in the plain request that an attempt is about to send. It sends one at a time.
+    """Note which contents are in the plain request that an attempt is about to send. It sends one request at a time.
 
-    In a plain request, ``request_no`` is 1 for what was sent and is not accounted for, and else 0.
+    For its contents, ``request_no`` is 1 if they were sent and are not accounted for, and otherwise 0.
     """
     conn.execute(
         sa.text("""
@@ -306,7 +307,7 @@ def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, UnansweredR
 def remove_answered(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> int:
     """Take out of flight what a plain request of an attempt was answered; returns how many contents those are.
 
-    It leaves what another attempt has taken over, which will have an answer of its own.
+    It leaves contents that another attempt has taken over, because they get an answer of their own.
     """
     result = conn.execute(
         sa.text("""

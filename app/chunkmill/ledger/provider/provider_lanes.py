@@ -16,10 +16,12 @@ from chunkmill.ledger.money import adjustments
 UNPROVED = "unproved"
 """The ``stop_code`` of a lane that is not stopped, and that failed or was stopped before: a probe comes first."""
 BURST_SECONDS = 10.0
-"""This much of a minute's quota may be sent at once, because providers also count in windows shorter than a minute."""
+"""The part of a minute's quota that may be sent at once. It is small because providers also count over times shorter
+than a minute."""
 
 LEARNT_SECONDS = 24 * 3600.0
-"""For how long a limit of tokens is believed that a refusal has taught. Another program may have filled the queue."""
+"""For how long a limit of tokens that was learnt from a refusal is used. It expires because another program may have
+filled the queue."""
 
 # The columns of `max_tokens` are read in a way that also works on the schema of the last release, which has none.
 _SELECT = """
@@ -158,7 +160,9 @@ def learn_max_inputs(conn: sa.Connection, route: Route, inputs: int) -> None:
 
 
 def learn_max_tokens(conn: sa.Connection, route: Route, tokens: int) -> None:
-    """Have at most so many tokens at the provider for a day: it refused more. A lower limit that was learnt stays."""
+    """Have at most this many tokens at the provider for a day, because it refused more. A lower limit that was learnt
+    before stays.
+    """
     _add_row(conn, route)
     conn.execute(
         sa.text("""

@@ -41,7 +41,7 @@ def book_unanswered(
     for job_id, (contents, counted) in sorted(by_job.items()) or [(0, (0, 0))]:
         share = tokens * counted // counted_left if counted_left else tokens
         counted_left, tokens = counted_left - counted, tokens - share
-        # Of contents of which only a part was charged, nobody knows which.
+        # If only some of the contents were charged, it is not known which.
         contents = min(contents, -(-contents * share // counted)) if counted else contents
         adjustments.add_tokens(
             conn,
@@ -59,7 +59,7 @@ def book_unanswered(
 
 def book_doubled(conn: sa.Connection, price: Price | None, step: Step, tokens: int, *, reason: str) -> None:
     """Book the tokens of a second batch that ran for the same contents, unless it was booked with this reason."""
-    provider_batches.note(conn, step, failures=step.failures)  # nobody else books for this ProviderBatch meanwhile
+    provider_batches.note(conn, step, failures=step.failures)  # it locks the row, so nobody else books for it now
     booked = sa.text("SELECT EXISTS (SELECT FROM adjustments WHERE provider_batch_id = :id AND reason = :reason)")
     if conn.execute(booked, {"id": step.id, "reason": reason}).scalar_one():
         return

@@ -18,7 +18,8 @@ from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 
 LEAST_SHARE = 20
-"""A twentieth of the account's tokens must be free: a small ProviderBatch may take a day, as a full one does."""
+"""A ProviderBatch is made only if a twentieth of the account's tokens is free, because a small one may take a day just
+as a full one does."""
 
 _ENQUEUED = [state for state in State if state.is_enqueued]
 
@@ -42,7 +43,9 @@ class ProviderRoom:
 
     @property
     def affordable_tokens(self) -> int:
-        """What is left of the account's tokens, as far as the month's money goes."""
+        """How many tokens may be sent: what is left of the account's limit, or less if the month's money does not pay
+        for that.
+        """
         if self.usd is None or not self.usd_per_million:
             return self.tokens
         return min(self.tokens, int(self.usd * MILLION / self.usd_per_million))

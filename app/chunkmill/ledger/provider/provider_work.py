@@ -54,7 +54,7 @@ def serialize_gathers(conn: sa.Connection) -> None:
 
 
 def drop_gathering(conn: sa.Connection, step: Step) -> None:
-    """Delete a ProviderBatch into which nothing went."""
+    """Delete a ProviderBatch that was opened and got no contents."""
     conn.execute(
         sa.text("DELETE FROM provider_batches WHERE id = :id AND attempt = :attempt AND state = :gathering"),
         {"id": step.id, "attempt": step.attempt, "gathering": State.GATHERING},
@@ -63,7 +63,7 @@ def drop_gathering(conn: sa.Connection, step: Step) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OpenJob:
-    """A job that may have something waiting for a ProviderBatch."""
+    """A job some of whose ChunkBatches may wait for a ProviderBatch."""
 
     id: int
     priority: int
@@ -372,7 +372,8 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
         reason = f"no vector after {row.attempt} attempts: {row.error}"
         bury(conn, lease, [DeadContent(hash_, row.error_code, reason) for hash_ in missing])
     elif missing:
-        # This is not charged: it expired, was cancelled at the provider, or somebody else had it and lost it.
+        # No attempt is charged: the content expired, was cancelled at the provider, or was in flight for another
+        # ChunkBatch that gave it up.
         chunk_batches.record_progress_if_held(conn, lease, n_embedded)
         chunk_batches.release_if_held(conn, lease, delay_s=AGAIN_SECONDS)
         usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.RELEASED)

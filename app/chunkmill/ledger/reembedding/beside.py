@@ -28,8 +28,8 @@ def choose(
 ) -> tuple[Route, Choice]:
     """The route that a re-embedding asks for, and the lane of a job into one of its spaces under these settings.
 
-    The plan's route is that into the new space; the way back is chosen as for ``auto``. Raises :class:`UnknownRoute`
-    and :class:`InvalidSetting`.
+    The plan's route is for the new space; for the old space, which is kept after the flip, the lane is chosen as for
+    ``auto``. Raises :class:`UnknownRoute` and :class:`InvalidSetting`.
     """
     query = """
         SELECT e.plan ->> 'route' AS route

@@ -18,14 +18,14 @@ from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.store import segments
 
 SLICE = 2_000
-"""Vectors that one transaction looks at, which keeps writers out while it runs."""
+"""How many vectors one transaction looks at. It keeps writers waiting while it runs."""
 
 
 def clean_up(db: sa.Engine, reembedding_id: int, *, is_stopping: Callable[[], bool] = lambda: False) -> bool:
     """Delete what a re-embedding that has ended left behind. Returns whether all of it is gone.
 
-    It is not if the space is still kept, if a job still writes into it, or if ``is_stopping`` says so. The vectors of
-    one that was cancelled stay: they may be asked for again, and `prune` knows how long they are kept.
+    It is not if the space is still kept, if a job still writes into it, or if ``is_stopping`` says so. The vectors of a
+    re-embedding that was cancelled stay, because they may be needed again; `prune` deletes them later.
     """
     with db.begin() as conn:
         life = lives.get(conn, reembedding_id)
@@ -76,7 +76,7 @@ def _filling_jobs(conn: sa.Connection, life: Life) -> list[int]:
 
 
 def _is_of(conn: sa.Connection, collection_id: int, space_id: int) -> bool:
-    """Whether the collection has the space, in whatever role."""
+    """Whether the space is one of the collection's, active or not."""
     query = """
         SELECT EXISTS (SELECT FROM collections k WHERE k.id = :collection AND k.space_id = :space)
             OR EXISTS (SELECT FROM collection_spaces o WHERE o.collection_id = :collection AND o.space_id = :space)

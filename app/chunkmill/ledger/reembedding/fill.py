@@ -1,10 +1,10 @@
-"""Fills the spaces of a collection from its stored texts, without the producer, and finds what slipped by.
+"""Fills the spaces of a collection from its stored texts, without the producer, and finds contents that were missed.
 
 A pass goes through the contents of a collection in the order of their hashes, page by page, and gives those without a
 vector to one sealed job of the space. Each page is a transaction that also notes where the pass stands, so a pass goes
 on where a killed one ended. Only when the job has nothing open does the next pass begin; it finds what was deleted,
-cancelled, or written by producers that know nothing of the space. A pass that finds nothing to add says that all is
-there. It does not prove it: whoever flips looks again under the collection's lock.
+cancelled, or written by producers that know nothing of the space. If a pass finds nothing to add, the space counts as
+complete. That is no proof: the flip checks again under the collection's lock.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ from chunkmill.spaces import others, registry
 from chunkmill.spaces.registry import Space, VectorTable
 
 PAGE = 10_000
-"""Contents of one transaction, which are 20 ChunkBatches of 512. Measured on two cores with a load of 15, where 300,000
-of 384 dimensions were all missing: 1.1 s, and 142 MB of memory for the whole process."""
+"""How many contents one transaction handles, which are 20 ChunkBatches of 512. Measured on two cores with a load of 15,
+when all of 300,000 contents were missing: 1.1 s, and 142 MB of memory for the whole process."""
 PAGES = 10
 """The most pages of one call."""
 SECONDS = 0.5
-"""A call begins no further page of a space after so many seconds, so that the poller's bells do not wait."""
+"""After this many seconds a call begins no further page of a space, so that the poller's bells do not wait."""
 OPEN_CHUNK_BATCHES = 2_000
-"""So many open ChunkBatches of the job are enough for the workers: a million contents, or 40 MB of hashes."""
+"""While the job has this many open ChunkBatches, no more are added: a million contents, or 40 MB of hashes, are enough
+for the workers."""
 RECHECK_SECONDS = 60.0
-"""A space in which all was there is looked at again after so many seconds, or 20 times as long as the look took."""
+"""How many seconds after a pass that found nothing missing the next one begins, or 20 times as long as the pass took,
+if that is more."""
 RETRY_SECONDS = 10.0
-"""A pass that left contents alone is followed by the next one after so many seconds."""
+"""How many seconds after a pass that left failed contents alone the next one begins."""
 PASSED_OVER_SECONDS = 600
-"""After so many seconds in which workers took nothing of the filling, and took other work, that is said."""
+"""If workers have taken other work for this many seconds and none of the filling, `why_waiting` says so."""
 LATEST_JOBS = 1_000
-"""Among how many of the newest jobs such work is looked for, besides the open ones."""
+"""How many of the newest jobs are searched for such other work, besides the open ones."""
 LOOK_AGAIN_SECONDS = 60.0
-"""After how many seconds it is looked for again, because all attempts of those jobs may be read."""
+"""How many seconds the result of that search is kept, because the search may read all attempts of those jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +137,11 @@ def fill_some(db: sa.Engine, settings: Settings, reembedding_id: int) -> bool:
 
 
 class PassedOverJobs:
-    """Says of jobs whether they are passed over, and looks only once in ``LOOK_AGAIN_SECONDS`` for each."""
+    """Whether jobs are passed over. The database is asked only once in ``LOOK_AGAIN_SECONDS`` for each job."""
 
     def __init__(self) -> None:
         self._looks: dict[int, tuple[float, bool]] = {}
-        """Job → when it is looked at again, by the clock of this process, and what the last look found."""
+        """Job → when the database is asked again, by the clock of this process, and its last answer."""
 
     def says(self, conn: sa.Connection, job_id: int) -> bool:
         """Whether workers have long had nothing of a job, and something of jobs of a higher priority on its lane."""
@@ -155,7 +157,7 @@ class PassedOverJobs:
 def why_waiting(
     conn: sa.Connection, settings: Settings, reembedding_id: int, passed_over: PassedOverJobs
 ) -> str | None:
-    """What keeps the filling from its end that does not pass by waiting, as a sentence that says what to do."""
+    """What keeps the filling from ending, if waiting alone does not help: a sentence that also says what to do."""
     query = """
         SELECT f.space_id, f.job_id, f.failed, j.state, s.fingerprint, s.model
         FROM reembedding_fills f
@@ -194,8 +196,8 @@ def why_waiting(
     return None
 
 
-# The conditions stand in the order of what they cost: while the filling goes on, the first one ends the look. Which of
-# the latest jobs were embedded is read by their index; the table of attempts has none by time.
+# The conditions are in the order of their cost: while the filling goes on, the first one decides. Which of the latest
+# jobs were embedded is read by their index; the table of attempts has none by time.
 _IS_PASSED_OVER = sa.text("""
 SELECT CASE
     WHEN EXISTS (SELECT FROM chunk_batches WHERE job_id = :job AND state = :running) THEN false
@@ -343,7 +345,7 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Pag
     conn.execute(_FIRST, named)
     stand = conn.execute(_STAND, named).one_or_none()
     if stand is None:
-        return _WAITS  # another poller is at it
+        return _WAITS  # another poller is filling this space
     n_open = _count_open(conn, stand.job_id)
     if stand.began_at is None:
         if not _is_time(stand, n_open):
@@ -356,7 +358,7 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Pag
     if page.last is None:
         is_there = conn.execute(_END, {**named, "open": n_open}).scalar_one()
         if stand.job_id is not None:
-            # It could not end before. If somebody is at it, the poller's rounds end it.
+            # The job could not end before. If another process is judging it now, the poller ends it later.
             finish_if_done(conn, stand.job_id, table, wait=False)
         return _PageResult(goes_on=False, is_there=is_there)
     failed, wanted = _sorted_out(conn, target, stand, page.missing)
@@ -432,8 +434,9 @@ def _look(conn: sa.Connection, collection_id: int, space: VectorTable, *, after:
     return _Page(row.last, row.missing or ())
 
 
-# What the present pass has made is left out: it has gone through each content once, so that it has none of this page.
-# A ChunkBatch whose vectors were deleted again and again, as those of a text that comes and goes, did not fail.
+# ChunkBatches that the present pass has made are left out: the pass visits each content once, so they have no content
+# of this page. A ChunkBatch whose vectors were deleted again and again, as those of a text that comes and goes, did not
+# fail.
 _IN_CHUNK_BATCHES = sa.text("""
 SELECT h.content_hash, bool_or(b.state = :discarded) AS has_failed
 FROM jobs j
@@ -480,7 +483,9 @@ def _sorted_out(
 
 
 def _lengths(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, range]:
-    """The bytes of each text that is stored, as a range, because ``into_chunk_batches`` only asks for the length."""
+    """A range as long as each stored text, in place of the text, because ``into_chunk_batches`` only asks for its
+    length.
+    """
     query = "SELECT content_hash, bytes FROM content_bytes(CAST(:hashes AS bytea[])) ORDER BY content_hash"
     return {row.content_hash: range(row.bytes) for row in conn.execute(sa.text(query), {"hashes": list(hashes)})}
 
@@ -532,7 +537,7 @@ def _open(conn: sa.Connection, settings: Settings, target: _Target) -> int | Non
     try:
         route, choice = choose(conn, settings, space.spec, target.reembedding_id)
     except ChunkmillError:
-        return None  # `why_waiting` says why
+        return None  # `why_waiting` tells the reason
     at = conn.execute(sa.text("SELECT now()")).scalar_one()
     call = """
         SELECT open_fill_job(

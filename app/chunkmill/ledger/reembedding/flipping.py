@@ -8,10 +8,11 @@ what was written since (:func:`look_and_keep`). What it leaves open is little:
 - contents that had a vector in neither space, and may have got one in the active space since, and
 - contents of the ChunkBatches that windows of enqueues have written since.
 
-In the moment of the flip (:func:`try_to_flip`) only these are looked at. Nobody adds a chunk or a vector meanwhile, nor
-deletes one: everyone who does holds the shared side of ``DELETE_LOCK``, last release and this one, and the flip holds
-it alone. Its queue is a fair one, so that a flip comes to its turn however many producers there are, which a lock of
-the collection's row does not promise: a row that somebody holds in a shared mode can be taken in that mode for ever.
+In the moment of the flip (:func:`try_to_flip`) only these are checked. No chunk or vector is added or deleted
+meanwhile: every transaction that does so, in this release and the last one, holds ``DELETE_LOCK`` in shared mode, and
+the flip holds it exclusively. Waiters for this lock are served in order, so a flip gets its turn however many producers
+there are. A lock of the collection's row does not promise that: while one transaction holds it in shared mode, others
+can always take it in that mode too.
 
 A rollback is the same with the two spaces in each other's place.
 """
@@ -35,24 +36,24 @@ from chunkmill.spaces import registry
 from chunkmill.spaces.registry import VectorTable
 
 MOST_OPEN = 20_000
-"""The most contents that are looked at in the moment of a flip."""
+"""The most contents that are checked in the moment of a flip."""
 MOST_OPEN_BACK = 200_000
 """The same for a rollback, which may be urgent, and must not wait until a large enqueue is over."""
 FEW_NEW = 500
-"""A flip is tried once no more contents than this were enqueued since the last look."""
+"""A flip is tried once no more than this many contents were enqueued since the last check."""
 FEW_HASHES = 2_000
-"""The most contents that are embedded first, because they are missing."""
+"""The most missing contents that are embedded before all others."""
 LOOKS = 8
-"""How often one try looks again at what was enqueued since the look before."""
+"""How often one try checks again what was enqueued since its previous check."""
 LOCK_PATIENCE_S = 5.0
 """How many seconds a flip waits for the windows and the writes that are under way. Others queue behind it meanwhile."""
 WRITERS_PATIENCE_S = 60.0
-"""How many seconds a look waits until everybody who writes now has ended, while others go on."""
+"""How many seconds a check waits for the transactions that are writing when it begins. Later ones are not held up."""
 REUSE_SECONDS = 1800.0
 """How old a look that was kept may be. What was written since is in ChunkBatches, which stay for an hour at least after
 the end of their job (``ledger.prune``). An enqueue that begins anew deletes some, and counts it in ``reopenings``."""
 HOLD_SECONDS = 3.0
-"""How long work in the space that is to be left waits, so that the other space catches up."""
+"""How long new work for the space that is about to be left waits, so that the other space can catch up."""
 LOCK_NOT_AVAILABLE = ("55P03", "40001", "40P01")
 
 FLIP_FROM = (ReembeddingState.JUDGING, ReembeddingState.RAMPING)
@@ -83,16 +84,16 @@ class Direction:
 
 @dataclass(frozen=True, slots=True)
 class FlipAttempt:
-    """What a try of a flip did. ``missing`` chunks can be searched now, and could not afterwards.
+    """The result of one try to flip. ``missing`` is how many chunks can be searched now and could not be afterwards.
 
-    ``open_contents`` is how many contents would have to be looked at, if they are too many for one moment.
+    ``open_contents`` is how many contents would have to be checked, if they are too many for one moment.
     """
 
     done: bool
     missing: int = 0
     open_contents: int = 0
     seconds: float = 0.0
-    """How long others waited for the flip alone, after it had got its lock."""
+    """For how many seconds the flip held its lock, while others waited."""
     hashes: tuple[bytes, ...] = ()
     """Some contents of the missing chunks."""
 
@@ -109,9 +110,10 @@ class Look:
     lacking: tuple[bytes, ...]
     missing: int
     is_all: bool
-    """False if there are more than fit."""
+    """False if there are more than the list may hold."""
     reopenings: int
-    """How often enqueues had begun anew, in the whole installation. If one did so since, this look is of no use."""
+    """How often enqueues had begun anew, in the whole installation. If one has done so since, this check is
+    worthless."""
 
 
 def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int) -> FlipAttempt:
@@ -180,7 +182,7 @@ def look_again(db: sa.Engine, way: Direction, seen: Look, *, patience: float = W
     """The same of what was written since, and of what was open."""
     _, mark = _mark(db, patience)
     with db.begin() as conn:
-        conn.execute(sa.text("SET LOCAL statement_timeout = 0"))  # it may be half an hour's work of all producers
+        conn.execute(sa.text("SET LOCAL statement_timeout = 0"))  # all writes of half an hour may have to be read
         rows = conn.execute(sa.text(_still_lacking(way)), _parameters(way, seen)).all()
     return _look_of(way, rows, seen.reopenings, mark)
 
@@ -199,7 +201,7 @@ def _mark(db: sa.Engine, patience: float) -> tuple[int, int]:
     """How often enqueues have begun anew, and then the last ChunkBatch, once everybody has committed who may have
     written one up to it.
 
-    To take the lock itself would hold up all who come meanwhile.
+    Taking the lock itself would hold up all transactions that come meanwhile.
     """
     with db.begin() as conn:
         reopenings = _count_reopenings(conn)
@@ -211,7 +213,7 @@ def _mark(db: sa.Engine, patience: float) -> tuple[int, int]:
         with db.begin() as conn:
             writers &= holders(conn, DELETE_LOCK)
     if writers:
-        # This look has no mark, because somebody may still write ChunkBatches with numbers below it.
+        # There is no mark, because a transaction that is still open may write ChunkBatches with numbers below it.
         return reopenings, 0
     return reopenings, mark
 
@@ -227,7 +229,7 @@ def _are_kept(conn: sa.Connection) -> bool:
 
 
 def _kept(db: sa.Engine, way: Direction) -> Look | None:
-    """The latest look in this direction, if what was written since can be told."""
+    """The latest check in this direction, if it can be told what was written since."""
     query = """
         SELECT mark, lacking, reopenings
         FROM reembedding_looks
@@ -243,8 +245,8 @@ def _kept(db: sa.Engine, way: Direction) -> Look | None:
 
 
 def _keep(db: sa.Engine, way: Direction, seen: Look) -> None:
-    # The list may have 6 MB. If nothing was written since, the older one still has all that is lacking, and it is
-    # written again only before it is too old.
+    # The list may have 6 MB. If nothing was written since, the list that is kept is still complete, so it is replaced
+    # only before it gets too old.
     statement = """
         INSERT INTO reembedding_looks AS l (reembedding_id, space_id, mark, lacking, reopenings)
         VALUES (:id, :active, :mark, CAST(:lacking AS bytea[]), :reopenings)

@@ -74,7 +74,7 @@ class Life:
         return None if self.kept_since is None else self.kept_since + timedelta(days=self.plan.keep_days)
 
     def shown(self, served: tuple[ServedBy, ...] = ()) -> Reembedding:
-        """What a caller is shown."""
+        """The re-embedding as the API shows it."""
         plan, names = self.plan, self.names
         return Reembedding(
             id=self.id,
@@ -209,7 +209,8 @@ def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan,
     dollars are reserved for the key that begins it. Raises :class:`InvalidInput` if the collection is in the space, or
     another re-embedding of it is open, and :class:`BudgetExceeded` if the key has too little left.
     """
-    # Everyone who moves the collection or opens a re-embedding of it waits here, and windows that know less have ended.
+    # Other transactions that move the collection or open a re-embedding of it wait here. Windows of enqueues that do
+    # not know of this re-embedding have ended.
     active = others.lock_for_change(conn, collection.id).active
     if active is None or _is_dropped(conn, collection.id):
         raise collections.not_found(collection.name)
@@ -283,7 +284,7 @@ def _same(life: Life, space: Space, plan: Plan) -> int:
 
 
 def advance(conn: sa.Connection, life: Life, to: ReembeddingState) -> bool:
-    """Go on to the next state. False if somebody was faster, or it is paused."""
+    """Go on to the next state. False if another process was faster, or if the re-embedding is paused."""
     update = """
         UPDATE reembeddings
         SET state = :to, state_since = now(), problem = NULL
@@ -293,7 +294,7 @@ def advance(conn: sa.Connection, life: Life, to: ReembeddingState) -> bool:
 
 
 def note(conn: sa.Connection, life: Life, report: Report, problem: str | None) -> None:
-    """Note what was seen, and why it does not go on, while it is in its state and goes by its plan."""
+    """Note what was measured, and why it does not go on. Nothing is noted if its state or its plan has changed."""
     update = """
         UPDATE reembeddings
         SET report = CAST(:report AS jsonb), problem = :problem
@@ -310,7 +311,7 @@ def note(conn: sa.Connection, life: Life, report: Report, problem: str | None) -
 
 
 def note_problem(conn: sa.Connection, life: Life, problem: str | None) -> None:
-    """Note why it does not go on, while it is in its state."""
+    """Note why it does not go on. Nothing is noted if its state has changed."""
     update = """
         UPDATE reembeddings SET problem = :problem
         WHERE id = :id AND state = :state AND problem IS DISTINCT FROM :problem
@@ -319,7 +320,9 @@ def note_problem(conn: sa.Connection, life: Life, problem: str | None) -> None:
 
 
 def set_share(conn: sa.Connection, life: Life, share: int, *, problem: str | None = None) -> bool:
-    """Let the new space answer another share of the sessions. False if somebody was faster, or it ramps no more."""
+    """Let the new space answer another share of the sessions. False if another process was faster, or if it is not
+    ramping any more.
+    """
     update = """
         UPDATE collection_spaces o
         SET share = :share, since = now()
@@ -335,7 +338,7 @@ def set_share(conn: sa.Connection, life: Life, share: int, *, problem: str | Non
         "ramping": _S.RAMPING,
         "filling": SpaceRole.FILLING,
     }
-    # The row of the re-embedding first, as everyone who changes both does.
+    # The row of the re-embedding is locked first, as in all code that changes both rows.
     conn.execute(sa.text("SELECT FROM reembeddings WHERE id = :id FOR UPDATE"), {"id": life.id})
     if conn.execute(sa.text(update), parameters).rowcount != 1:
         return False
@@ -344,7 +347,7 @@ def set_share(conn: sa.Connection, life: Life, share: int, *, problem: str | Non
 
 
 def pause(conn: sa.Connection, life: Life) -> None:
-    """Let nobody advance it. Raises :class:`InvalidInput` if it has ended."""
+    """Pause it, so that no poller advances it. Raises :class:`InvalidInput` if it has ended."""
     _require_open(life)
     update = """
         UPDATE reembeddings SET paused_at = coalesce(paused_at, now()) WHERE id = :id AND finished_at IS NULL
@@ -353,7 +356,7 @@ def pause(conn: sa.Connection, life: Life) -> None:
 
 
 def resume(conn: sa.Connection, life: Life, plan: Plan) -> None:
-    """Let it go on by ``plan``, with its gates checked anew. Raises :class:`InvalidInput` if it has ended."""
+    """Let it go on with ``plan``. Its gates are checked anew. Raises :class:`InvalidInput` if it has ended."""
     _require_open(life)
     report = dataclasses.replace(life.report, judgement={}, judged_at=None)
     update = """
@@ -367,7 +370,7 @@ def resume(conn: sa.Connection, life: Life, plan: Plan) -> None:
         "report": json.dumps(report.as_json(), allow_nan=False),
     }
     conn.execute(sa.text(update), parameters)
-    # A step of the ramp that it stepped back from lasts its whole time again.
+    # If it had stepped back from a share of the ramp, that share lasts its whole time again.
     again = """
         UPDATE collection_spaces SET since = now()
         WHERE reembedding_id = :id AND role = :filling
@@ -392,8 +395,8 @@ def cancel(conn: sa.Connection, life: Life) -> bool:
 
 
 def let_go(conn: sa.Connection, life: Life) -> bool:
-    """Keep the space that the collection left no longer. It is cleaned up afterwards. False if none is kept."""
-    # Not the collection's row too, which a poller may not lock.
+    """Stop keeping the space that the collection left. It is cleaned up afterwards. False if none is kept."""
+    # The collection's row is not locked, because a poller has no right to lock it.
     lock_of(conn, LIVES_LOCK, life.collection_id)
     finish = """
         UPDATE reembeddings

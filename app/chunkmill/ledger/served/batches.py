@@ -25,7 +25,7 @@ from chunkmill.ledger.served import files
 LEASE_SECONDS = 30
 """How long a step may be silent. It renews its lease with each slice, which takes a second at most."""
 COUNT_SECONDS = 5
-"""How old the counts of a batch in progress may be before somebody who looks takes them again."""
+"""How old the counts of a batch in progress may be. If a caller asks and they are older, they are counted again."""
 
 _STATES = {state.value: state for state in ServedState}
 
@@ -59,7 +59,7 @@ class ServedBatch:
     is_stale: bool
     """Its counts are old."""
     key_id: int | None = None
-    """The key that made it, which pays for it. None if no key of the table did, or an older release."""
+    """The key that made it, which pays for it. None if no key of the table made it, or if an older release did."""
 
     @property
     def job_key(self) -> str:
@@ -76,7 +76,7 @@ def create(
     models: frozenset[str] | None,
     input_file: str,
 ) -> tuple[ServedBatch, bool]:
-    """Create a batch, for which the key that asks pays. If the tenant has used the ``idempotency_key`` before, that
+    """Create a batch. The key that creates it pays for it. If the tenant has used the ``idempotency_key`` before, that
     batch is returned, and False."""
     insert = """
         INSERT INTO served_batches (name, tenant, idempotency_key, asked, models, state, input_file, expires_at)
@@ -113,7 +113,7 @@ def create(
 def find(conn: sa.Connection, tenant: str, name: str) -> ServedBatch | None:
     """The tenant's batch; None if there is none."""
     if "\0" in name:
-        return None  # no name has it, and Postgres would refuse the query
+        return None  # no name contains this character, and Postgres would refuse the query
     query = """
         SELECT b.*, b.expires_at <= now() AS is_expired,
                coalesce(b.counted_at < now() - make_interval(secs => :stale), true) AS is_stale
@@ -256,7 +256,7 @@ def finalize(conn: sa.Connection, batch: ServedBatch) -> None:
 
 
 def set_counts(conn: sa.Connection, batch: ServedBatch, *, n_completed: int, n_failed: int) -> None:
-    """Write the counts of a batch in progress. Once it is another state, nothing is changed."""
+    """Write the counts of a batch in progress. If its state is another one by now, nothing is changed."""
     update = """
         UPDATE served_batches
         SET n_completed = :completed_lines, n_failed = :failed_lines, counted_at = now()
@@ -268,7 +268,7 @@ def set_counts(conn: sa.Connection, batch: ServedBatch, *, n_completed: int, n_f
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a batch has come to. The bytes are those of its two files."""
+    """The result of a batch that has ended. The bytes are those of its two files."""
 
     n_total: int = 0
     n_completed: int = 0

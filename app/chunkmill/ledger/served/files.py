@@ -51,7 +51,7 @@ def begin(conn: sa.Connection, tenant: str) -> int:
 
 
 def add_piece(conn: sa.Connection, file_id: int, piece: int, data: bytes) -> None:
-    """Add the piece of this number. Raises :class:`NotFound` if a poller has taken the upload for a dead one."""
+    """Add the piece of this number. Raises :class:`NotFound` if a poller has deleted the upload as dead."""
     touch = "UPDATE served_files SET touched_at = now() WHERE id = :id AND NOT is_whole"
     if conn.execute(sa.text(touch), {"id": file_id}).rowcount == 0:
         raise NotFound("the upload took too long, so its file was deleted. Upload it again.")
@@ -105,7 +105,7 @@ def add_result(
 def find(conn: sa.Connection, tenant: str, name: str, *, hold: bool = False) -> ServedFile | None:
     """The tenant's file; None if there is none. With ``hold`` nobody deletes it until the end of this transaction."""
     if "\0" in name:
-        return None  # no name has it, and Postgres would refuse the query
+        return None  # no name contains this character, and Postgres would refuse the query
     query = """
         SELECT *
         FROM served_files

@@ -55,7 +55,7 @@ class Inputs:
     n_tokens: list[int]
     """How many tokens of each the model read."""
     truncated: list[int]
-    """The positions of those that were cut."""
+    """The positions of those that were truncated."""
     vectors: NDArray[np.float32]
     """``(len(positions), d)``."""
     normalize: bool = True
@@ -108,7 +108,8 @@ def read(conn: sa.Connection, batch_id: int, *, after: int = -1) -> list[Line]:
         WHERE n = 1 OR inputs <= :inputs
         ORDER BY line
     """
-    # The sum is not Postgres's, which would be one of two smallints, because psycopg sends small numbers as such.
+    # The sum is made here and not in Postgres, because psycopg sends small numbers as smallints, and their sum could
+    # overflow.
     parameters = {"batch": batch_id, "after": after, "last": after + SLICE_LINES, "inputs": SLICE_INPUTS}
     return [
         Line(

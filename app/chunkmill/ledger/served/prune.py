@@ -12,7 +12,7 @@ from chunkmill.domain.served import ServedState
 from chunkmill.ledger.served import files
 
 SLICE = 20
-"""Batches or files of one transaction. A batch has up to 50,000 lines, and a file 200 pieces."""
+"""How many batches or files one transaction deletes. A batch has up to 50,000 lines, and a file 200 pieces."""
 
 _FINAL = {
     "completed": ServedState.COMPLETED,

@@ -35,8 +35,8 @@ class Lease:
     suspect: bool = False
     """Workers died while they embedded it, so it is embedded alone."""
     until: datetime | None = None
-    """When it ran out at first, to the microsecond: this tells its claim from one that was made after a rollback and so
-    has the same number. None at a provider."""
+    """When the lease was first going to end, to the microsecond. After a rollback another claim may have the same
+    attempt number; this time tells the two apart. None at a provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ def _copy(
     copy_binary(conn, _COPIED, encode_rows(encoded))
 
 
-# Only rung ChunkBatches are read, by ix_chunk_batches_rung_by_route. They are no more than the windows hold. Those of
-# jobs that the worker never served come in the order in which they were rung.
+# Only ChunkBatches whose bell was rung are read, by ix_chunk_batches_rung_by_route. They are no more than the doorbell
+# windows hold. Those of jobs that the worker never served come in the order in which they were rung.
 _TURN = with_constants(
     """
 WITH bell AS MATERIALIZED (
@@ -146,10 +146,10 @@ def turn_of(
 ) -> int:
     """Return the ChunkBatch that a worker should claim when the bell of ``chunk_batch_id`` reaches it.
 
-    ``served`` says how many seconds ago the worker last held something of a job; 0 if it holds it now. If it has served
-    the bell's job since another job's bell was rung, then it is that job's turn: a small job that comes later need not
-    wait for every bell of a large one that is in Redis before its own. The bell of what was claimed out of turn stays
-    in Redis, and stands for a ChunkBatch that was passed over.
+    ``served`` says how many seconds ago the worker last held something of a job; 0 if it holds it now. If the worker
+    has served the bell's job since another job's bell was rung, then it is the other job's turn. So a small job that
+    comes later need not wait for all bells of a large one that are before its own in Redis. The bell of the ChunkBatch
+    that was claimed instead stays in Redis, and later stands for one that was passed over.
     """
     turn = conn.execute(
         _TURN,

@@ -1,4 +1,5 @@
-"""Which doorbells to ring. The work lies in Postgres; Redis only holds a window of reminders."""
+"""Which doorbells to ring. The work is in Postgres; Redis holds only as many doorbells as its doorbell windows
+allow."""
 
 from __future__ import annotations
 
@@ -46,16 +47,16 @@ def ring_due(
 ) -> int:
     """Ring for what is due on one route, and again for bells that Redis has lost; returns the number of bells.
 
-    ``queued`` is what :meth:`Broker.queued_doorbells` has just returned. Each priority has its window, less the bells
-    that are served before its own. So low priority cannot keep high priority waiting, and Redis holds at most three
-    windows. Jobs of one priority take turns.
+    ``queued`` is what :meth:`Broker.queued_doorbells` has just returned. Each priority has its doorbell window, less
+    the bells of higher priorities, which are served first. So low priority cannot keep high priority waiting, and Redis
+    holds at most three windows. Jobs of one priority take turns.
 
     The marks are committed after the bells are in Redis, so a crash in between rings twice, which the claim tolerates,
     instead of never. Raises one of ``chunkmill.broker.publish_errors`` while Redis is away; roll back then.
     """
     queued = dict(queued)
-    # The statistics do not know a new job yet: the planner expects a row or two and sorts two million for each probe.
-    # If it may not sort, only ix_chunk_batches_unrung_by_route has the order that is asked for.
+    # Postgres' statistics do not know a new job yet, so the planner expects a row or two and sorts two million rows for
+    # each probe. If sorting is off, it has to use ix_chunk_batches_unrung_by_route, the only index in this order.
     conn.execute(
         sa.text("SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)")
     )
@@ -90,7 +91,7 @@ GROUP BY priority, job_id
 
 
 def _count_rung(conn: sa.Connection, route: Route, *, repair_seconds: float) -> dict[int, _RungBells]:
-    """The rung ChunkBatches of a route, by priority. They are no more than the windows hold."""
+    """The rung ChunkBatches of a route, by priority. They are no more than the doorbell windows hold."""
     rows = conn.execute(_COUNT_RUNG, {"age": repair_seconds, "route": route})
     counts: dict[int, _RungBells] = {}
     for priority, job_id, rung, stale in rows:
@@ -145,7 +146,7 @@ def _take_due(conn: sa.Connection, queue: _Queue, rung: Mapping[int, int], *, li
         for job_id, bell in taken:
             bells[job_id] += 1
             turns.append((bells[job_id], bell.chunk_batch_id, bell))
-        # A job near its end had less than its share, and the others get the rest in the next turn.
+        # A job near its end had fewer due than its share. The other jobs get the rest in the next round of this loop.
     return [bell for _, _, bell in sorted(turns, key=lambda turn: turn[:2])]
 
 

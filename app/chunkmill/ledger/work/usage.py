@@ -156,7 +156,7 @@ WHERE u.chunk_batch_id = held.id AND u.attempt = held.attempt
 
 
 def book_released(conn: sa.Connection, owner: str) -> None:
-    """Close the accounts of all ChunkBatches that a worker holds, and lock these.
+    """Close the accounts of all ChunkBatches that a worker holds, and lock those ChunkBatches.
 
     Call it before ``chunk_batches.release_all``, in the same transaction.
     """

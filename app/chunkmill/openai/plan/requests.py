@@ -11,8 +11,8 @@ from chunkmill.openai.plan.packing import PackedInput
 from chunkmill.openai.wire.jsonl import text_bytes
 
 GROW_AFTER = 64
-"""After so many full requests that were accepted, a limit that was learnt is doubled: what it was learnt from may have
-been a moment of trouble, or a few very long texts."""
+"""After this many full requests that were accepted, a limit that was learnt is doubled: what it was learnt from may
+have been a moment of trouble, or a few very long texts."""
 
 
 class PlainRequest(NamedTuple):

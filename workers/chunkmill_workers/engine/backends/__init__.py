@@ -33,15 +33,16 @@ class Backend(Protocol):
     name: str
     """``native``, ``transformers``, ``onnx``, ``openvino`` or ``static``."""
     device: torch.device
-    """Where its vectors are."""
+    """The device that its vectors are on."""
     dtype: torch.dtype
     """The number format of its matrix products. A vector that is not finite is computed again in fp32."""
     packed: bool
-    """The cost of a TokenBatch is its tokens; if not, it is the number of rows times the longest row."""
+    """True: the cost of a TokenBatch is its number of tokens. False: it is the number of rows times the longest row."""
     concurrent: bool
-    """Several threads may call it at a time, each with torch's threads of its own; if not, one thread at a time."""
+    """True: several threads may call it at a time, each with its own threads of torch. False: only one thread at a time
+    may call it."""
     embedding_rows: int
-    """How many tokens the model knows."""
+    """The size of the model's vocabulary."""
 
     def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> TokenVectors:
         """The token vectors of ``rows``, each (length,) int32 with special tokens. Raises what the model raises.

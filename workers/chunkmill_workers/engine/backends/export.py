@@ -52,7 +52,7 @@ from chunkmill_workers.engine.windows import Ids
 # The exporter's default. Since opset 20 GELU is one operator, which ONNX Runtime fuses with the bias before it.
 OPSET: Final = 20
 MIN_COSINE: Final = 0.9999
-"""The lowest cosine of a token's vector to that of transformers with which an export is kept."""
+"""An export is kept only if the cosine of each token's vector to that of transformers is at least this."""
 
 # Texts of very different lengths: in the short ones a sliding window sees nothing but padding far behind their end.
 _CHECK_TEXTS: Final = (

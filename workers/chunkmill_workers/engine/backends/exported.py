@@ -60,7 +60,7 @@ class Statement:
     """The model's name when it was exported. Only ``revision`` says which weights they are."""
     revision: str
     embedding_rows: int
-    """How many tokens the model knows."""
+    """The size of the model's vocabulary."""
     opset: int | None
     """The opset of ONNX; None for OpenVINO."""
     min_cosine: float

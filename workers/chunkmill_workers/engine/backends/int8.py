@@ -71,8 +71,9 @@ class Int8Backend(NativeBackend):
         """The token vectors of ``rows``. With attention in fp32, only rows of the same length share a pass.
 
         Beside longer rows a value may be a bit larger and be rounded up instead of down. This difference grows from
-        layer to layer until it is as large as all rounding together: 5 of 230 texts then had another vector than alone,
-        the worst with a cosine of 0.9989. With attention in bf16 the vectors of all 510 texts were the same.
+        layer to layer until it is as large as the rounding of the whole model: 5 of 230 texts then had another vector
+        than alone, the worst with a cosine of 0.9989. With attention in bf16 the vectors of all 510 texts were the
+        same.
         """
         lengths = np.array([len(row) for row in rows])
         if self.dtype == torch.bfloat16 or (lengths == lengths[0]).all():

@@ -24,7 +24,7 @@ _PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 def library() -> Any:
     """The openvino module, without telemetry: by default it sends an event to its makers when it is imported.
 
-    The package that sends looks as if it were not installed, and openvino works without it.
+    The package that sends the event is hidden from the import as if it were not installed; openvino works without it.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

@@ -1,7 +1,7 @@
 """Reads a model of BERT's kind straight from its safetensors file, for our own forward pass.
 
 Importing transformers and its model classes is more than half of what a worker computes before it takes its first
-doorbell. Where a file holds exactly what its config.json promises, under the usual names, none of that is needed.
+doorbell. If a file holds exactly what its config.json promises, under the usual names, this import is not needed.
 Everything else is left to transformers: older names, shards, pickles, quantized weights, and every error.
 """
 

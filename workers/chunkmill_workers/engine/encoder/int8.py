@@ -7,8 +7,8 @@ weights larger by the same factor. Between the two products of an MLP there is n
 uint8 itself, with one scale for all channels, and the few channels that would make this scale coarse are computed
 beside it in fp32, as in LLM.int8() (Dettmers et al., 2022).
 
-Everything that is decided here is part of what an int8 vector means: another rule or constant needs another value of
-`chunkmill.domain.spaces.Precision`. docs/decisions/0011 has the measurements.
+Everything that this module decides is part of what an int8 vector means: another rule or constant needs another value
+of `chunkmill.domain.spaces.Precision`. docs/decisions/0011 has the measurements.
 """
 
 from __future__ import annotations
