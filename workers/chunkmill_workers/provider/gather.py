@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 AT_A_TIME = 8
 """How many ChunkBatches are read at once, which is at most 32 MiB of text."""
 LATER_SECONDS = 30.0
-"""How long a ChunkBatch waits whose first content has more tokens than the budgets leave."""
+"""How long a ChunkBatch waits whose first content has more tokens than the limits leave."""
 TRIES = 5
 
 
@@ -48,7 +48,7 @@ class Contribution:
 
 
 def gather(context: ProviderContext, step: Step) -> Step | None:
-    """``gathering`` → ``gathered``, or None if there was nothing to gather or the budgets leave no room.
+    """``gathering`` → ``gathered``, or None if there was nothing to gather or the limits leave no room.
 
     If a plain request takes one of the contents meanwhile, or some of the month's money, the transaction is rolled back
     and run again without what was taken.
@@ -149,7 +149,7 @@ class _BatchFiller:
             if not self.packer.inputs:
                 provider_work.postpone(self._conn, waiting, delay_s=LATER_SECONDS)
                 self.too_little = (
-                    f"a content waits that has more tokens than the budgets leave ({self._left.affordable_tokens})"
+                    f"a content waits that has more tokens than the limits leave ({self._left.affordable_tokens})"
                 )
             return False
         if full:
