@@ -138,6 +138,8 @@ def _texts_are_long_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "LONG_TEXT", 2_000)
     monkeypatch.setattr(long_texts, "_PIECE", 3_000)
     monkeypatch.setattr(overlaps, "_WINDOW", 3_000)
+    # A window is read again for each end that it might have, from a margin before it: a third of a window is too much.
+    monkeypatch.setattr(overlaps, "_MARGIN", 256)
 
 
 # The regular expression takes time that is quadratic in a text without spaces.

@@ -368,6 +368,7 @@ class TestHowItRuns:
             "synchronous_commit": "on",
             "jit": "off",
             "fsync": "off",
+            "full_page_writes": "off",
             "server_encoding": "UTF8",
         }
         assert {name: sql(status, f"SHOW {name}") for name in expected} == expected

@@ -305,6 +305,9 @@ class Postgres:
             "unix_socket_directories": '"' + str(self._planned.socket_folder).replace('"', '""') + '"',
             "unix_socket_permissions": "0700",
             "fsync": "on" if self._fsync else "off",
+            # Whole pages in the log repair what a power failure tore, and without fsync nothing survives one anyway.
+            # A test's database is made between two checkpoints, so nearly every page that it writes would be one.
+            "full_page_writes": "on" if self._fsync else "off",
         }
         shm = Path("/dev/shm")  # noqa: S108
         if shm.exists() and shutil.disk_usage(shm).total < _SMALL_SHM_BYTES:
