@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.integration.hands import Hands
 from tests.support.installations import in_schema, install_as_before
 
 ROLES = Path(__file__).parents[2] / "deploy" / "postgres-role.sql"
+PAGE = Path(__file__).parents[2] / "docs" / "collections.md"
 VIEWS = "chunkmill_collections"
 
 
@@ -344,6 +346,51 @@ def test_psycopg_and_an_orm_read_the_views_by_distance_under_a_role_that_reads_n
             assert tables > 20
             assert readable_tables == 0
     worker.dispose()
+
+
+def test_the_sql_of_the_page_works_as_it_is_pasted(
+    client: Client, hands: Hands, settings: Settings, stack: StackStatus
+) -> None:
+    blocks = re.findall(r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    nearest, grants = blocks
+    languages = {"mill-2": "en", "mill-3": "de", "mill-1": "en"}
+    chunks = [(chunk_id, f"text {chunk_id}", {"lang": lang}) for chunk_id, lang in languages.items()]
+    client.enqueue(chunks, collection="docs")
+    client.enqueue([("mill-1", "another text"), ("mill-4", "one more")], collection="others")
+    hands.work()
+    dashboard = as_role(settings.require_database_url(), "dashboard").replace("+psycopg", "")
+    try:
+        with psycopg.connect(settings.require_database_url().replace("+psycopg", ""), autocommit=True) as owner:
+            assert owner.execute(nearest).fetchall() == [("mill-1", "text mill-1"), ("mill-2", "text mill-2")]  # type: ignore[call-overload]
+            owner.execute(grants)  # type: ignore[call-overload]
+        client.enqueue([("late", "a later text")], collection="later")
+        with psycopg.connect(dashboard, autocommit=True) as viewer:
+            for view, chunks_in_it in (("docs", 3), ("others", 2), ("later", 1)):
+                counted = viewer.execute(f"SELECT count(*) FROM {VIEWS}.{view}").fetchone()  # type: ignore[call-overload]
+                assert counted == (chunks_in_it,)
+            for forbidden in FORBIDDEN:
+                with pytest.raises((psycopg.errors.InsufficientPrivilege, psycopg.errors.ObjectNotInPrerequisiteState)):
+                    viewer.execute(forbidden)  # type: ignore[call-overload]
+    finally:
+        with psycopg.connect(settings.require_database_url().replace("+psycopg", ""), autocommit=True) as owner:
+            owner.execute("DROP OWNED BY dashboard")
+        admin(stack, "DROP ROLE dashboard")
+
+
+def test_a_login_in_the_group_is_made_with_the_command_of_the_page(
+    installed: tuple[Settings, str], stack: StackStatus
+) -> None:
+    made = re.search(r"^psql .* -c '(CREATE ROLE reports .*)'$", PAGE.read_text(), re.MULTILINE)
+    assert made is not None
+    admin(stack, made[1])
+    try:
+        own, viewer = installed
+        with Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own) as client:
+            fill(client, "docs", "others")
+        with psycopg.connect(as_role(viewer, "reports").replace("+psycopg", "")) as conn:
+            assert conn.execute("SELECT count(*) FROM chunkmill_collections.docs").fetchone() == (3,)
+    finally:
+        admin(stack, "DROP ROLE reports")
 
 
 FORBIDDEN = (

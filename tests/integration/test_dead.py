@@ -302,7 +302,7 @@ def test_a_drop_takes_the_chunk_and_its_text_and_the_job_completes(client: Clien
     assert client.drop_dead([first.id]).chunks == 1
     again = client.job(job.id)
     assert (again.state, again.dead) == (JobState.FAILED, 1)
-    assert "1 chunks cannot be embedded" in (again.error or "")
+    assert "1 chunk cannot be embedded" in (again.error or "")
     assert client.audit("docs").missing == 1
     dropped = client.drop_dead([second.id])
     assert (dropped.jobs, dropped.entries, dropped.chunks) == ((job.id,), 1, 1)

@@ -89,7 +89,7 @@ def test_a_job_fails_for_its_own_dead_chunks_and_discarded_chunk_batches_alone(c
     for job in (dead, discarded, too):
         assert hands.finish(job.id) is JobState.FAILED
     errors = [client.job(job.id).error or "" for job in (dead, discarded, too)]
-    assert ["1 chunks cannot be embedded" in error for error in errors] == [True, False, False]
+    assert ["1 chunk cannot be embedded" in error for error in errors] == [True, False, False]
     assert ["the first reason" in error for error in errors] == [False, True, False]
     assert ["the second reason" in error for error in errors] == [False, False, True]
 

@@ -1,7 +1,12 @@
-"""Every command that shows what there is fits a narrow terminal, with long names in what it shows."""
+"""Every command that shows what there is fits a narrow terminal with long names in what it shows, and prints JSON only
+if it is asked for."""
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +17,11 @@ from chunkmill.cli.__main__ import cli
 from chunkmill.cli.output import Screen
 from chunkmill.client import Client
 from chunkmill.settings import Settings
+from tests.conftest import FIRST_IDS
 from tests.integration.hands import Hands
 from tests.unit.chunkmill.cli.test_output import every_path
 
+ROOT = Path(__file__).parents[2]
 NAME = "letters-of-the-mill-from-1881"
 SCREENS = {
     "audit": "",
@@ -27,11 +34,11 @@ SCREENS = {
     "cost": "--by job",
     "cost adjustments": "",
     "dead list": "",
-    "dead show": "1",
+    "dead show": str(FIRST_IDS["dead_chunks"]),
     "doctor": "",
     "golden": "",
     "golden list": NAME,
-    "job": "1 --dead --attempts",
+    "job": f"{FIRST_IDS['jobs']} --dead --attempts",
     "jobs": "",
     "keys list": "",
     "keywords": NAME,
@@ -44,6 +51,8 @@ SCREENS = {
     "status": "",
 }
 """The commands that show what is in the database, and with what they are called."""
+FOUND = {"audit": {3}, "doctor": {0, 1}, "job": {4}}
+"""Exit codes that say that something is not as it should be. Any other command that ends with one showed an error."""
 ACTS = {
     "backup", "bench", "bridge drop", "bridge learn", "cache evict", "cancel", "collections alias", "collections drop",
     "collections rename", "collections unalias", "compare", "cost correct", "dead drop", "dead retry", "delete", "demo",
@@ -54,6 +63,8 @@ ACTS = {
     "rollback", "show", "start")),
 }  # fmt: skip
 """The other commands."""
+CLOCK = {"ahead", "of", "behind"}
+"""How `doctor` compares two clocks that differ by less than a millisecond, which is another word in each call."""
 GROUPS = {"", "chunks", "dead", "keys", "reembed"}
 
 
@@ -62,15 +73,19 @@ def test_every_command_is_in_one_of_the_lists() -> None:
 
 
 @pytest.fixture
-def shown(settings: Settings, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Any:
+def filled(settings: Settings, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (NAME, "other"):
         text = "{} has the title {}\n\nThe mill grinds slowly, and what it grinds is fine and white."
         chunks = [(f"guides/of/a/{i}", text.format(name, i), {"n": i}) for i in range(3)]
-        client.enqueue([*chunks, ("too-long", "word " * 9_000, {})], collection=name, on_long="reject")
-        hands.work()
+        client.enqueue([*chunks, ("dead", f"{name} kills workers", {})], collection=name)
+        hands.work(dead={f"{name} kills workers": "kills_workers"})
         client.golden(name).from_titles(5)
     monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
     monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+
+
+@pytest.fixture
+def shown(filled: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     init = Screen.__init__
 
     def on_a_terminal(columns: int, command: str) -> str:
@@ -83,7 +98,7 @@ def shown(settings: Settings, client: Client, hands: Hands, monkeypatch: pytest.
         monkeypatch.setattr(Screen, "__init__", made)
         result = CliRunner().invoke(cli, [*command.split(), *SCREENS[command].split()])
         assert result.exception is None or isinstance(result.exception, SystemExit), command
-        assert result.exit_code in (0, 1, 3, 4), (command, result.output)
+        assert result.exit_code in FOUND.get(command, {0}), (command, result.output)
         return result.output
 
     return on_a_terminal
@@ -97,8 +112,51 @@ def test_what_commands_show_fits_and_breaks_no_word(shown: Any, columns: int) ->
         kept = [line for line in narrow.splitlines() if "wider terminal" not in line and "has all." not in line]
         too_long = [line for line in narrow.splitlines() if len(line.rstrip()) > columns and " " in line.strip()]
         # What was measured is another number in each call, and a text is cut where the line ends.
-        new = {word for line in kept for word in line.split()} - set(wide.split())
+        new = {word for line in kept for word in line.split()} - set(wide.split()) - CLOCK
         broken = {word for word in new if "…" not in word and not any(letter.isdigit() for letter in word)}
         if too_long or broken:
             wrong[command] = (too_long, broken)
     assert wrong == {}
+
+
+# In a pipe
+
+
+def is_json(output: str) -> bool:
+    try:
+        json.loads(output)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_pipe_gets_json_from_every_command_that_is_asked_for_it_and_from_no_other(filled: None) -> None:
+    wrong = {}
+    for command in SCREENS:
+        given = [*command.split(), *SCREENS[command].split()]
+        plain, asked = (CliRunner().invoke(cli, [*given, *more]).stdout for more in ([], ["--json"]))
+        is_number = plain.strip().isdigit()  # of `chunks count`
+        if not plain.strip() or (is_json(plain) and not is_number) or not is_json(asked):
+            wrong[command] = (plain[:200], asked[:200])
+    assert wrong == {}
+
+
+def forms_by_terminal(code: str) -> list[int]:
+    """The lines of `json or not is_terminal` and the like. (Whether stdin is a terminal decides who may be asked.)"""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.BoolOp)
+        and isinstance(node.op, ast.Or)
+        and re.search(r"\bjson|_json\b", ast.unparse(node))
+        and re.search(r"is_terminal|stdout", ast.unparse(node))
+    ]
+
+
+def test_no_other_command_chooses_json_by_the_terminal() -> None:
+    assert forms_by_terminal("if screen.json or not screen.out.is_terminal:\n    pass") == [1]
+    assert forms_by_terminal("\nshow(x, as_json=as_json or not sys.stdout.isatty())") == [2]
+    assert forms_by_terminal("if screen.json or not sys.stdin.isatty():\n    pass") == []
+    sources = [path for folder in ("app", "workers") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 300
+    assert {str(path): lines for path in sources if (lines := forms_by_terminal(path.read_text()))} == {}

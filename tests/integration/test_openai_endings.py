@@ -36,7 +36,7 @@ def test_a_refused_content_is_found_and_its_neighbours_are_paid_once(stage: Scen
     [job] = stage.finish(stage.enqueue(texts))
 
     assert job.state == "failed"
-    assert job.error is not None and "1 chunks cannot be embedded" in job.error
+    assert job.error is not None and "1 chunk cannot be embedded" in job.error
     [(chunk_id, (code, reason))] = dead_list(stage, job.id).items()
     assert (chunk_id, code) == ("c5", "invalid_input")
     assert "No such text." in reason and "POISON" not in reason

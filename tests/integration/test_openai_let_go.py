@@ -128,6 +128,20 @@ def test_who_waits_for_a_text_that_another_has_in_flight_is_told_so(gathered: Sc
         assert "stopped" in sentence and "invalid_api_key" in sentence and "lanes resume openai" in sentence
 
 
+def test_what_a_provider_batch_ended_with_names_the_lane_to_resume(stage: Scene, server: OpenAIServer) -> None:
+    """Also of a second job, whose ProviderBatch the stopped lane never touched."""
+    server.misbehave("unauthorized", times=None, where={"endpoint": "files.create"})
+    job = stage.enqueue(stage.texts(N))
+    stage.run_until(lambda: stage.corridor.rows("SELECT FROM provider_batches WHERE error IS NOT NULL"))
+    other = stage.enqueue(stage.texts(3, first=50), collection="other")
+
+    [shown] = stage.corridor.client.explain(job.id).provider_batches
+
+    assert shown.error is not None
+    assert shown.error.endswith("The lane stays stopped until: chunkmill lanes resume openai")
+    assert [batch.error for batch in stage.corridor.client.explain(other.id).provider_batches] in ([], [None])
+
+
 def test_who_waits_for_a_batch_at_the_provider_is_not_told_of_a_lane_that_stopped(
     stage: Scene, server: OpenAIServer
 ) -> None:

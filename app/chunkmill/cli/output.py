@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkmill.domain.fitting import GAP, column_widths
+from chunkmill.domain.plurals import count as count  # for commands
 from chunkmill.domain.shown import shown, shown_json
 from chunkmill.telemetry.logging import without_passwords
 
@@ -233,11 +234,6 @@ def exact(number: Decimal) -> str:
     """The number in digits, without an exponent and without zeros at the end of its places."""
     digits = f"{number:f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
-
-
-def count(number: int, one: str, many: str | None = None) -> str:
-    """`1 chunk`, `2,000 chunks`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def duration(seconds: float) -> str:

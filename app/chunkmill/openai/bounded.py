@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from chunkmill.errors import ProviderSilent, ProviderStopped
 from chunkmill.openai.wire.redaction import clean
+from chunkmill.system.certificates import require_certificate_folder
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -73,6 +74,8 @@ def http_client(openai: ModuleType, server: str, timeout_s: float, *, is_https: 
     a wrong proxy or certificate.
     """
     httpx = library(openai)
+    if is_https:
+        require_certificate_folder()
 
     class BoundedStream(httpx.SyncByteStream):  # type: ignore[misc, name-defined]  # httpx or httpx2
         def __init__(self, inner: Any, longest: int, *, is_error: bool) -> None:

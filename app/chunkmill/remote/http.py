@@ -15,6 +15,7 @@ from chunkmill.errors import InvalidInput, InvalidSetting, install_command
 from chunkmill.openai.wire.redaction import clean
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import OpenAnswer, Request, Unanswered
+from chunkmill.system.certificates import require_certificate_folder
 from chunkmill.telemetry import tracing
 
 try:
@@ -75,6 +76,7 @@ def context_of(verify: bool | str | Path | ssl.SSLContext, *, is_needed: bool) -
 @functools.cache
 def _default_context() -> ssl.SSLContext:
     """Trusts what httpx2 trusts. Reading the certificates takes a tenth of a second, so it is done once."""
+    require_certificate_folder()
     return httpx2.create_ssl_context()
 
 

@@ -152,7 +152,7 @@ def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Chec
 
 
 def provider_checks() -> Iterator[Check]:
-    """The check of the paid routes' settings, and of the tokenizers that they name. It sends nothing."""
+    """The check of the paid routes' settings, tokenizers, proxies and certificates. It sends nothing."""
     from chunkmill.settings.provider import DEFAULT_BASE_URL
 
     try:
@@ -171,6 +171,14 @@ def provider_checks() -> Iterator[Check]:
         except InvalidSetting as error:
             problems.append(f"{model.name}: {error}")
     server = urlsplit(settings.openai_base_url or DEFAULT_BASE_URL).netloc
+    if settings.openai_api_key is not None and _version("openai") is not None:
+        from chunkmill.openai.http import Provider
+
+        try:
+            Provider(settings).close()
+        except InvalidSetting as error:
+            yield Check("paid routes", "fail", server, " ".join([str(error), *problems]))
+            return
     state = f"{server}; {count(len(described), 'model')} in OPENAI_MODELS"
     yield Check("paid routes", "warn" if problems else "ok", state, " ".join(problems))
 

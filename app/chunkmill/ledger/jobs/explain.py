@@ -7,7 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from chunkmill.domain.lanes import Lane
+from chunkmill.domain.lanes import Lane, with_lane
+from chunkmill.domain.plurals import count
 from chunkmill.domain.results import Explanation, JobProviderBatch, OpenWork, RoutingStep
 from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
 from chunkmill.errors import NotFound
@@ -105,7 +106,7 @@ def _provider_batches(conn: sa.Connection, job_id: int) -> tuple[JobProviderBatc
             row.n_done,
             row.n_contents,
             None if row.state == ProviderBatchState.CLOSED else row.not_before,
-            row.error,
+            row.error and with_lane(row.error, Route.OPENAI),
         )
         for row in rows
     )
@@ -152,7 +153,7 @@ def _wait(
     elsewhere: list[sa.Row[Any]],
 ) -> str:
     one = work.chunk_batches == 1
-    who = f"{work.chunk_batches:,} ChunkBatch{'' if one else 'es'} ({work.contents:,} contents)"
+    who = f"{count(work.chunk_batches, 'ChunkBatch', 'ChunkBatches')} ({count(work.contents, 'content')})"
     waits = f"{who} {'waits' if one else 'wait'}"
     if work.at_provider:
         still_open = [provider_batch for provider_batch in provider_batches if provider_batch.next_look is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from chunkmill.domain.plurals import count
 from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.spaces import others
 from chunkmill.spaces.registry import VectorTable
@@ -92,12 +93,10 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     dead = _count_dead_chunks(conn, job_id, collection_id, space) if is_judged else 0
     problems = []
     if discarded.n:
-        problems.append(
-            f"{discarded.n} ChunkBatches were discarded after their last attempt, the first because: "
-            f"{discarded.first_error}."
-        )
+        were = count(discarded.n, "ChunkBatch was", "ChunkBatches were")
+        problems.append(f"{were} discarded after the last attempt, the first because: {discarded.first_error}.")
     if dead:
-        problems.append(f"{dead} chunks cannot be embedded; the dead list says why.")
+        problems.append(f"{count(dead, 'chunk')} cannot be embedded; the dead list says why.")
     state = JobState.FAILED if problems else JobState.COMPLETED
     error = " ".join([*problems, "`retry` tries them again."]) if problems else None
     conn.execute(_END, {"id": job_id, "state": state, "error": error})

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.statements import with_constants
 from chunkmill.domain import planning
+from chunkmill.domain.plurals import count
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority
 from chunkmill.errors import ChunkmillError
 from chunkmill.ledger.jobs.finish import fills_are_kept, finish_if_done
@@ -175,7 +176,7 @@ def why_waiting(
             )
         if row.failed:
             return (
-                f"{row.failed:,} contents cannot be embedded into space {space_name}: their ChunkBatches were "
+                f"{count(row.failed, 'content')} cannot be embedded into space {space_name}: their ChunkBatches were "
                 "discarded after the last attempt, or their texts are lost. `chunkmill jobs` shows the jobs that "
                 f"failed, such as {row.job_id}; `chunkmill retry {row.job_id}` tries its own again."
             )

@@ -23,7 +23,7 @@ from rich.console import Console
 from chunkmill.cli import late
 from chunkmill.cli.__main__ import COMMANDS, cli
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
-from chunkmill.cli.output import Screen, beginning, count, duration
+from chunkmill.cli.output import Screen, beginning, duration
 from chunkmill.domain.shown import shown, shown_json
 from chunkmill.settings import Settings
 from tests.support.every_command import commands
@@ -70,11 +70,6 @@ def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
 )
 def test_durations(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
-
-
-def test_counts() -> None:
-    assert count(1, "chunk") == "1 chunk"
-    assert count(2000, "chunk") == "2,000 chunks"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -116,11 +116,13 @@ def error_of(provider: Provider) -> ProviderError:
         {"ALL_PROXY": "socks5://me:QUAGGA@127.0.0.1:1"},
         {"HTTPS_PROXY": "gopher://me:QUAGGA@127.0.0.1:1"},
         {"SSL_CERT_FILE": "/nowhere/QUAGGA.pem"},
+        {"SSL_CERT_DIR": "/nowhere/QUAGGA:/nowhere/else"},
     ],
 )
 def test_proxies_and_certificates_that_cannot_be_used_are_a_wrong_setting(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)  # it counts more than SSL_CERT_DIR
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InvalidSetting, match=next(iter(environment))) as caught:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chunkmill.errors import InvalidSetting
-from chunkmill.remote import AsyncRemoteClient, RemoteClient, RemoteEmbedder
+from chunkmill.remote import AsyncRemoteClient, RemoteClient, RemoteEmbedder, http
 from chunkmill.remote.address import read_address, read_hosts
 
 KEY = "cmk_secret"
@@ -100,6 +100,19 @@ def test_the_environment_names_the_gateway(monkeypatch: pytest.MonkeyPatch) -> N
 def test_certificates_are_always_verified(verify: Any) -> None:
     with pytest.raises(InvalidSetting, match="verify"):
         RemoteClient("https://embed.example.com", KEY, verify=verify)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SSL_CERT_FILE", "/nowhere/a.pem"), ("SSL_CERT_DIR", "/nowhere:/nor/here")]
+)
+def test_certificates_of_the_machine_that_are_not_there_are_a_wrong_setting(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http._default_context.cache_clear()
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)  # it counts more than SSL_CERT_DIR
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidSetting, match=name):
+        RemoteClient("https://embed.example.com", KEY)
 
 
 def test_a_private_ca_is_the_only_one_that_is_trusted(tmp_path: Path) -> None:

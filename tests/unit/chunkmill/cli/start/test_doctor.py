@@ -166,6 +166,27 @@ def test_wrong_settings_of_the_paid_routes_are_a_failure_and_missing_tokenizers_
     assert list(provider_checks()) == []
 
 
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR", "ALL_PROXY"])
+def test_proxies_and_certificates_that_cannot_be_used_fail_where_a_key_says_that_they_will_be(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)  # it counts more than SSL_CERT_DIR
+    monkeypatch.setenv(name, "socks5://127.0.0.1:1" if name == "ALL_PROXY" else "/nowhere/at/all")
+    monkeypatch.setenv("OPENAI_MODELS", '{"a": {"dimensions": 8, "tokenizer": "/nowhere/a.json"}}')
+    [check] = provider_checks()
+    assert check.state == "warn"  # without a key, nothing is sent to a provider from here
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-quagga")
+    [check] = provider_checks()
+    assert (check.state, check.found) == ("fail", "api.openai.com")
+    assert name in check.advice
+    assert "a: the tokenizer /nowhere/a.json cannot be read" in check.advice  # what else is wrong is said too
+    assert "quagga" not in check.advice
+    monkeypatch.delenv(name)
+    monkeypatch.delenv("OPENAI_MODELS")
+    [check] = provider_checks()
+    assert check.state == "ok"
+
+
 @pytest.mark.parametrize(
     ("database", "redis", "environ", "wrong"),
     [
