@@ -101,7 +101,7 @@ def measure(name: str, task: Task, say: report.Say) -> dict[str, Any]:
 @click.option("--texts", "source", metavar="FILE", help="JSONL, CSV or Parquet file with your own texts.")
 @click.option("--list", "listing", is_flag=True, help="Print the names of this machine's peers and exit.")
 @click.option("--install-peers", is_flag=True, help="First create the environments that some peers need (3 GB).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; this is the default if the output is a pipe.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -149,7 +149,7 @@ def _run(names: Sequence[str], task: Task, results: Path, images: Path, install_
     from chunkmill_workers.benchmarks.plots import draw
 
     files += draw(results, images, machine.slug(machine.describe()))
-    summary.show(measured, [str(path) for path in files], as_json=as_json)
+    summary.show(measured, [str(path) for path in files], as_json=as_json or not sys.stdout.isatty())
     for path in files:
         click.echo(f"written: {path}", err=True)
 

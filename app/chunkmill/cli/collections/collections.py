@@ -21,15 +21,15 @@ from chunkmill.errors import InvalidInput, NotFound
 def collections(context: click.Context, exact: bool) -> None:
     """List the collections, with what is in them and how they are served.
 
-    A number with ~ is estimated from a sample; --exact counts. Every command takes an alias in place of a
-    collection's name.
+    A number with ~ is estimated from a sample; --exact counts. On a terminal this is a table, and in a pipe
+    it is JSON. Every command takes an alias in place of a collection's name.
     """
     if context.invoked_subcommand is not None:
         return
     screen: Screen = context.obj
     with Client.from_env() as client:
         infos = client.collections(exact=exact)
-    if screen.json:
+    if screen.json or not screen.out.is_terminal:
         screen.document([asdict(info) for info in infos])
     elif not infos:
         screen.say("There are no collections yet. The first enqueue creates one.")

@@ -206,7 +206,7 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
     """List the latest re-embeddings, of COLLECTION or of all collections."""
     with Client.from_env() as client:
         latest = client.reembeddings(collection, limit=limit)
-    if screen.json:
+    if screen.json or not screen.out.is_terminal:
         screen.document([asdict(one) for one in latest])
     elif not latest:
         screen.say("No collection was moved to another space. Begin with: chunkmill reembed start COLLECTION MODEL")
@@ -354,7 +354,7 @@ def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
 
 def show_quote(screen: Screen, quote: Quote) -> None:
     """Print what a re-embedding would take."""
-    if screen.json:
+    if screen.json or not screen.out.is_terminal:
         chosen = {"tokens": quote.tokens, "usd": quote.usd, "hours": quote.hours}
         screen.document(asdict(quote) | chosen | {"budget": budget_fields(quote.budget)})
         return
@@ -380,7 +380,7 @@ def show_quote(screen: Screen, quote: Quote) -> None:
 
 
 def _show(screen: Screen, shown: Reembedding) -> None:
-    if screen.json:
+    if screen.json or not screen.out.is_terminal:
         screen.document(asdict(shown))
         return
     fields: dict[str, object] = {

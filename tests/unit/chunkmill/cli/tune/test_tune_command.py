@@ -48,8 +48,7 @@ def orders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Mapping[str,
 
 
 def tune(*arguments: str, terminal: bool = False) -> Result:
-    env = {"FORCE_COLOR": "1", "COLUMNS": "400"} if terminal else {}
-    return CliRunner().invoke(cli, ["tune", *arguments, *([] if terminal else ["--json"])], env=env)
+    return CliRunner().invoke(cli, ["tune", *arguments], env={"FORCE_COLOR": "1", "COLUMNS": "400"} if terminal else {})
 
 
 def test_the_winner_is_kept_with_all_it_rests_on(orders: list[Mapping[str, Any]]) -> None:
