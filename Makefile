@@ -23,8 +23,9 @@ define install
 	@$(PIP) --no-deps --no-build-isolation -e .
 endef
 comma := ,
-# pip compiles with one core. Some packages have files for other versions of Python, which cannot be compiled.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# pip compiles with one core. Some packages have files for other versions of Python, which cannot be compiled. Of what
+# is left out, few files are ever imported.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models|pip|debugpy|networkx)/' $(VENV)/lib || true
 
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
