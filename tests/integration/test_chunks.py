@@ -498,3 +498,26 @@ def test_a_filter_that_no_index_serves_ends_no_reading(client: Client, db: sa.En
         missing = replace(row, id=row.id + 1_000)
         with pytest.raises(NotFound, match="was dropped"):
             store.pick_if_few(conn, collection=missing, chosen=parse({"half": 1}), after="")
+
+
+def test_between_the_steps_of_a_call_about_ids_no_connection_is_held(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an error, whose traceback keeps the call's iterators alive."""
+    for name in NAMES:
+        client.enqueue([(f"c{i}", f"{name} {i}") for i in range(3)], collection=name)
+    held: list[int] = []
+
+    def fails(*_: object, **__: object) -> None:
+        held.append(client._db.pool.checkedout())  # type: ignore[attr-defined]
+        raise InvalidInput("not now")
+
+    monkeypatch.setattr(client, "_transact", fails)
+    monkeypatch.setattr(client, "_pages", fails)
+    with pytest.raises(InvalidInput, match="not now") as changing:
+        client.update_metadata("docs", {"a": 1}, ids=["c2", "c0"])
+    with pytest.raises(InvalidInput, match="not now") as getting:
+        client.get("others", ["c2", "c0"])
+    assert held == [0, 0]
+    assert changing.traceback and getting.traceback
+    assert client._db.pool.checkedout() == 0  # type: ignore[attr-defined]

@@ -226,7 +226,7 @@ def test_a_failing_chunk_batch_backs_off_and_is_discarded(
     assert row.state == "discarded"
     job = client.job(job.id)
     assert job.state is JobState.FAILED
-    assert "1 ChunkBatches were discarded" in (job.error or "")
+    assert "1 ChunkBatch was discarded" in (job.error or "")
     monkeypatch.undo()
     assert runner.finish(client.retry(job.id)).state is JobState.COMPLETED
 

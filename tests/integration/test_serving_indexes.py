@@ -250,14 +250,19 @@ def test_a_collection_that_moved_to_another_space_leaves_no_index(
 
 
 def test_the_poller_builds_by_itself_what_large_collections_need(
-    client: Client, db: sa.Engine, settings: Settings
+    client: Client, db: sa.Engine, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Its log names the collection as people do."""
+    caplog.set_level("INFO", "chunkmill.poller.indexer")
     for name in COLLECTIONS:
         client.enqueue([(f"c{i}", f"{name} {i}") for i in range(5)], collection=name)
     client.enqueue([("c", "alone")], collection="small")
     work(db)
     indexer = Indexer(db, settings)
     assert indexer.round() == 2
+    assert {record.message.partition(": segment")[0] for record in caplog.records} == {
+        f"collection {name!r}" for name in COLLECTIONS
+    }
     client.enqueue([(f"d{i}", f"new {i}") for i in range(5)], collection="docs")
     work(db)
     assert indexer.round() == 1

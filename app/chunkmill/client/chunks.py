@@ -381,7 +381,8 @@ class Chunks(ClientPart):
                 "SELECT array_agg(DISTINCT chunk_id ORDER BY chunk_id) FROM unnest(CAST(:ids AS text[])) i(chunk_id)"
             )
             with self._transaction() as conn:
-                yield list(conn.execute(sa.text(query), {"ids": part}).scalar_one())
+                picked = list(conn.execute(sa.text(query), {"ids": part}).scalar_one())
+            yield picked
 
     def _windows_of_ids(self, row: Collection, chosen: Filter) -> Iterator[list[str]]:
         return (picked.ids for picked in self._picked(row, chosen, after="", most=None))

@@ -89,7 +89,7 @@ class Indexer:
                 n_built += 1
                 logger.info(
                     "collection %s: segment %s (%s, %s rows) is live, in place of %s segments",
-                    collection_id, built.segment.id, built.segment.kind, built.segment.rows, len(built.replaced),
+                    self._named(collection_id), built.segment.id, built.segment.kind, built.segment.rows, len(built.replaced),
                 )  # fmt: skip
         return n_built
 
@@ -123,7 +123,15 @@ class Indexer:
             until = time.monotonic() + KEYWORD_SECONDS
             fill = lambda number=collection_id, until=until: keywords.fill(self._db, number, deadline=until)  # noqa: E731
             if steps.run(f"filling the keywords of collection {collection_id}", fill):
-                logger.info("collection %s: its keywords are ready", collection_id)
+                logger.info("collection %s: its keywords are ready", self._named(collection_id))
+
+    def _named(self, collection_id: int) -> str:
+        """The collection as people know it; its number if it was dropped meanwhile."""
+        with self._db.begin() as conn:
+            name = conn.execute(
+                sa.text("SELECT name FROM collections WHERE id = :id"), {"id": collection_id}
+            ).scalar_one_or_none()
+        return str(collection_id) if name is None else repr(name)
 
     def _unfinished(self) -> list[int]:
         with self._db.begin() as conn:

@@ -173,7 +173,7 @@ class Reembedder:
     def _advance(self, life: Life, to: ReembeddingState) -> None:
         with self._db.begin() as conn:
             if lives.advance(conn, life, to):
-                logger.info("collection %s: re-embedding %s is %s", life.collection_id, life.id, to.value)
+                logger.info("collection %r: re-embedding %s is %s", life.collection, life.id, to.value)
 
     def _fill(self, life: Life, *, is_there: bool) -> None:
         with self._db.begin() as conn:
@@ -218,9 +218,9 @@ class Reembedder:
                 if not lives.set_share(conn, life, step.share, problem=step.problem):
                     return
             if step.problem is None:
-                logger.info("collection %s: the new space answers %s %%", life.collection_id, step.share)
+                logger.info("collection %r: the new space answers %s %%", life.collection, step.share)
             else:
-                logger.warning("collection %s steps back: %s", life.collection_id, step.problem)
+                logger.warning("collection %r steps back: %s", life.collection, step.problem)
 
     def _served(self, life: Life) -> tuple[ServedBy | None, ServedBy | None]:
         """What the searches of the old and the new space were like in this step of the ramp."""
@@ -253,14 +253,14 @@ class Reembedder:
                 flipping.let_catch_up(conn, way, tried)
         if tried.done:
             logger.info(
-                "collection %s: re-embedding %s is flipped; writers waited for %.0f ms",
-                life.collection_id, life.id, tried.seconds * 1e3,
+                "collection %r: re-embedding %s is flipped; writers waited for %.0f ms",
+                life.collection, life.id, tried.seconds * 1e3,
             )  # fmt: skip
 
     def _let_go(self, life: Life) -> None:
         with self._db.begin() as conn:
             if lives.let_go(conn, life):
-                logger.info("collection %s: its previous space is no longer kept", life.collection_id)
+                logger.info("collection %r: its previous space is no longer kept", life.collection)
 
     def _after_the_end(self, life: Life) -> None:
         if life.kept_until is None:

@@ -165,3 +165,35 @@ def test_only_the_rooms_that_the_page_names_begin_transactions() -> None:
     assert {str(path) for path in begin if path.parts[0] == "cli"} == {
         "cli/collections/canary.py", "cli/processes/gateway.py", "cli/processes/keys.py", "cli/watch/plot.py",
     }  # fmt: skip
+
+
+def yields_in_a_transaction(code: str) -> list[int]:
+    """The lines of generators that hand something out while they hold a transaction. (A context manager must.)"""
+    lines: list[int] = []
+
+    def visit(node: ast.AST, *, held: bool) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_manager = any("contextmanager" in ast.unparse(decorator) for decorator in node.decorator_list)
+            for child in node.body:
+                if not is_manager:
+                    visit(child, held=False)
+            return
+        if isinstance(node, ast.With | ast.AsyncWith):
+            opened = " ".join(ast.unparse(item.context_expr) for item in node.items)
+            held = held or bool(re.search(r"\b(begin|_transaction|connect)\(", opened))
+        if isinstance(node, ast.Yield | ast.YieldFrom) and held:
+            lines.append(node.lineno)
+        for child in ast.iter_child_nodes(node):
+            visit(child, held=held)
+
+    visit(ast.parse(code), held=False)
+    return lines
+
+
+def test_no_iterator_holds_a_transaction_while_its_caller_works() -> None:
+    """It would hold a connection for as long as the caller likes, and after an error until the garbage is collected."""
+    assert yields_in_a_transaction("def f():\n  with db.begin() as conn:\n    yield 1\n  yield 2") == [3]
+    assert yields_in_a_transaction("@contextmanager\ndef f():\n  with db.begin() as conn:\n    yield conn") == []
+    sources = [path for folder in PACKAGES.values() for path in folder.rglob("*.py")]
+    assert len(sources) > 300
+    assert {str(path): lines for path in sources if (lines := yields_in_a_transaction(path.read_text()))} == {}
