@@ -89,8 +89,12 @@ class Indexer:
                 n_built += 1
                 logger.info(
                     "collection %s: segment %s (%s, %s rows) is live, in place of %s segments",
-                    self._named(collection_id), built.segment.id, built.segment.kind, built.segment.rows, len(built.replaced),
-                )  # fmt: skip
+                    self._named(collection_id),
+                    built.segment.id,
+                    built.segment.kind,
+                    built.segment.rows,
+                    len(built.replaced),
+                )
         return n_built
 
     def _try(self, what: str, build: Callable[[], BuiltSegment | None], steps: Steps) -> BuiltSegment | None:
