@@ -144,7 +144,7 @@ def test_the_quick_start(shell: Shell, home: Path) -> None:
     assert "died: ended by SIGKILL" in remembered
     assert re.search(r"^notices .* 2,000 .* yes$", remembered, re.MULTILINE)
     cost = output("chunkmill cost")
-    assert re.search(r"local +2,0\d\d .* 0\.\d+ ", cost)
+    assert re.search(r"local +2,\d\d\d .* 0\.\d+ ", cost)  # 2,000 notices, and what the decisions are cut into
     assert "already" in output("chunkmill migrate")
     assert "worker " in output("chunkmill migrate")  # the doctor's table
     assert "stopped" in output("chunkmill down")
