@@ -27,10 +27,10 @@ def test_a_worker_follows_its_machines_profile(processes: Processes, settings: S
     output = worker.output()
     assert "by its profile native fp32, 384 tokens in a pass" in output
     assert "native in float32, 384 tokens per forward pass" in output
-    assert "concurrency: 3 (" in output
+    assert "tasks at a time: 3" in output
     assert worker.terminate() == 0
     # -c on the command line and EMBEDDING_BATCH_TOKENS in the environment both override the profile.
     stated = processes.worker("-c", "1", EMBEDDING_PROFILE="auto", EMBEDDING_DEVICE="cpu", CHUNKMILL_HOME=str(home),
                               EMBEDDING_BATCH_TOKENS="512")  # fmt: skip
     assert "native in float32, 512 tokens per forward pass" in stated.output()
-    assert "concurrency: 1 (" in stated.output()
+    assert "tasks at a time: 1" in stated.output()
