@@ -478,3 +478,35 @@ def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tun
     estimate = sum(estimated_tokens(query.text) for query in queries) * Decimal("0.02") / 1_000_000
     until(lambda: judged.used(rich) == estimate, lambda: (judged.used(rich), estimate))
     assert (judged.used(other), judged.used(poor)) == (0, 0)
+
+
+@pytest.mark.parametrize("verb", ["tune-search", "judge"])
+def test_what_is_refused_before_a_query_is_embedded_costs_nothing(judged: Books, verb: str) -> None:
+    """A collection without keywords is not tuned, and a re-embedding that has just begun is not judged."""
+    client, key = judged.corridor.client, judged.key("one", ENOUGH, Scope.ADMIN)
+    client.drop_keywords("docs")
+    move = client.reembed("docs", to=LARGE, dimensions=8)
+    path = "/v1/collections/docs/tune-search" if verb == "tune-search" else f"/v1/reembeddings/{move.id}/judge"
+    for _ in range(2):  # the reservation of the second one writes what the first one gave back
+        assert refused(judged.ask(key, "POST", path)) == (400, "invalid_input")
+    until(lambda: judged.used(key) == 0, lambda: judged.used(key))
+
+
+def test_the_queries_of_a_judgement_cost_the_key_that_asked_for_it_in_both_spaces(
+    judged: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the key that asked, and by the collection of the re-embedding. Of the judgement itself, nothing is run."""
+    client = judged.corridor.client
+    asking, other = (judged.key(name, ENOUGH, Scope.ADMIN) for name in ("asking", "other"))
+    moves = {name: client.reembed(name, to=LARGE, dimensions=8) for name in ("docs", "notes")}
+    client.golden("notes").clear()
+    monkeypatch.setattr(Client, "judge_reembedding", lambda self, which, **_: self.reembedding(which))
+
+    for move in moves.values():
+        answered(judged.ask(asking, "POST", f"/v1/reembeddings/{move.id}/judge"))
+
+    with judged.corridor.db.begin() as conn:
+        queries = golden.read(conn, judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'"))
+    usd = sum(estimated_tokens(query.text) for query in queries) * (Decimal("0.02") + Decimal("0.13")) / 1_000_000
+    until(lambda: judged.used(asking) == usd > 0, lambda: (judged.used(asking), usd))
+    assert judged.used(other) == 0

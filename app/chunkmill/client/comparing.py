@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from chunkmill.client.estimate import EstimateRequest, provider_rule
-from chunkmill.client.hybrid import MAX_JUDGED, HybridSearch
+from chunkmill.client.hybrid import HybridSearch
 from chunkmill.client.steps import run_steps
 from chunkmill.domain.arguments import as_function, as_number, as_seconds, as_text, as_usd, require_name
 from chunkmill.domain.budget import dollars
@@ -26,6 +26,7 @@ from chunkmill.domain.comparing import (
     with_stand_in,
 )
 from chunkmill.domain.gates import loss_for
+from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.prices import MILLION, Price
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong, Precision

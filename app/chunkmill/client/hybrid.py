@@ -16,7 +16,7 @@ from chunkmill.client.vectors import Vectors
 from chunkmill.domain import mixing
 from chunkmill.domain.arguments import as_number, as_seconds, as_text, require_name
 from chunkmill.domain.comparing import Question, unit
-from chunkmill.domain.golden import GoldenQuery, read_judgements, read_queries
+from chunkmill.domain.golden import MAX_JUDGED, GoldenQuery, read_judgements, read_queries
 from chunkmill.domain.results import GoldenLoaded, Keywords, SearchTuning
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.settings import Settings
@@ -28,8 +28,6 @@ from chunkmill.system.numbers import NDArray, np
 
 MAX_GOLDEN = 100_000
 """The most golden queries of a collection."""
-MAX_JUDGED = 2_000
-"""The most queries that are judged in one call, chosen at random. The bounds of a gain are then about ±0.008."""
 LOOK_S = 0.2
 """How many seconds pass between two checks whether another process has filled in the keywords."""
 

@@ -16,6 +16,9 @@ from chunkmill.errors import InvalidInput
 MAX_QUERY_CHARACTERS = 10_000
 MAX_ID_BYTES = 1_024
 MAX_GRADE = 1_000
+MAX_JUDGED = 2_000
+"""The most golden queries that are judged in one call. They are chosen at random, and are the same ones each time. The
+bounds of a gain or a loss of nDCG are then about ±0.008."""
 MAX_LINE = 16 * 1024 * 1024
 """The most characters of a line of a file."""
 TITLE_WORDS, TITLE_CHARACTERS = (3, 40), (12, 250)

@@ -108,6 +108,15 @@ async def read_exact(request: Request, most: int) -> dict[str, Any]:
     return await run_in_threadpool(object_in, body) if len(body) > LARGE_BYTES else object_in(body)
 
 
+async def read_optional(request: Request, most: int, known: Collection[str]) -> dict[str, Any]:
+    """The body, a JSON object with ``known`` fields alone; empty if there is none. The query must be empty."""
+    Query(request, ())
+    body = await read_body(request, most)
+    fields = object_in(body) if body else {}
+    require_known(fields, known)
+    return fields
+
+
 def object_in(body: bytes) -> dict[str, Any]:
     """The JSON object that the bytes are. Raises :class:`Refusal`, which does not quote them."""
     try:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from chunkmill.client.door import door
 from chunkmill.domain.arguments import as_number, require_name
@@ -82,6 +83,11 @@ async def collection(gateway: Gateway, caller: Caller, name: str) -> VisibleColl
         return VisibleCollection(row.id, row.name, space.fingerprint, space.model)
 
     return await read(gateway, work)
+
+
+async def collection_in_path(gateway: Gateway, request: Request, caller: Caller) -> VisibleCollection:
+    """The collection whose name or alias stands in the path. Raises :class:`NotFound` as :func:`collection` does."""
+    return await collection(gateway, caller, request.path_params["collection"])
 
 
 def _require_seen(collection_id: int, seen: dict[str, int] | None, name: str) -> None:

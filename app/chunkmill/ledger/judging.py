@@ -19,6 +19,7 @@ from chunkmill.domain import gates as gating
 from chunkmill.domain.comparing import JUDGED, Changes, Question, Side, as_json, changes, unit, with_stand_in
 from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.gates import CollectionMeasurement, GateResult, Gates
+from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.prices import MILLION
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.states import ChunkBatchState
@@ -33,9 +34,6 @@ from chunkmill.store import golden
 from chunkmill.store import search as searching
 from chunkmill.system.numbers import NDArray, np
 
-MOST_JUDGED = 2_000
-"""The most golden queries that are judged. They are chosen at random, and are the same ones each time. The bounds of
-ΔnDCG are then about ±0.008."""
 CHECKED = 200
 """How many queries check the recall of the serving index."""
 TIMED = 100
@@ -108,7 +106,7 @@ def judge(
         chunks, missing, dead = coverage(conn, collection_id, old, new)
         canary = None if new.spec.provider == OPENAI else _has_canary(conn, new)
         price = price_of(conn, settings, new)
-        asked = golden.read(conn, collection_id, most=MOST_JUDGED)
+        asked = golden.read(conn, collection_id, most=MAX_JUDGED)
         questions = golden.judgeable(conn, collection_id, asked)
     unmeasured: dict[str, str] = {}
     if price is None:

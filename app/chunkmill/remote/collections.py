@@ -294,8 +294,9 @@ class Collections(RemoteCalls):
         require_name("collection", collection)
         wanted = list(dict.fromkeys(as_ids("ids", ids)))
         flags = {"with_text": as_flag("with_text", with_text), "with_vector": as_flag("with_vector", with_vector)}
+        size = PAGE_WITH_TEXT if flags["with_text"] else PAGE_WITHOUT
         parts: list[list[StoredChunk]] = yield ParallelStep(
-            [partial(self._by_ids, collection, part, flags) for part in slices(wanted, PAGE_WITH_TEXT) or [[]]],
+            [partial(self._by_ids, collection, part, flags) for part in slices(wanted, size) or [[]]],
             IN_FLIGHT,
         )
         return {chunk.id: chunk for part in parts for chunk in part}
@@ -317,12 +318,11 @@ class Collections(RemoteCalls):
             half = len(ids) // 2
             first = yield from self._by_ids(collection, ids[:half], flags)
             return first + (yield from self._by_ids(collection, ids[half:], flags))
-        read_chunks = partial(read_list, StoredChunk)
-        return (
-            yield from self._read(
-                self._server, answer.body, lambda: read_chunks(parse_object(answer.body).get("chunks"), "chunks")
-            )
-        )
+
+        def reader() -> list[StoredChunk]:
+            return read_list(StoredChunk, parse_object(answer.body).get("chunks"), "chunks")
+
+        return (yield from self._read(self._server, answer.body, reader))
 
     def vectors(self, collection: str, ids: Iterable[str] | None = None) -> Steps[dict[str, NDArray[np.float32]]]:
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out.

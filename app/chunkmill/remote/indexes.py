@@ -7,6 +7,7 @@ from typing import Any
 
 from chunkmill.domain.arguments import as_number, as_seconds, as_text, as_usd, as_word, require_name
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
+from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Index, Keywords, SearchCounts, SearchTuning
 from chunkmill.domain.spaces import Precision
@@ -14,9 +15,6 @@ from chunkmill.remote.asking import RemoteCalls
 from chunkmill.remote.collections import path_of
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.steps import Steps
-
-MOST_JUDGED = 2_000
-"""The most queries that are judged in one call."""
 
 
 class Indexes(RemoteCalls):
@@ -90,7 +88,7 @@ class Indexes(RemoteCalls):
         *,
         against: str | None = None,
         sample: int = 20_000,
-        queries: int = MOST_JUDGED,
+        queries: int = MAX_JUDGED,
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         max_usd: Decimal | int | str | None = None,
@@ -119,7 +117,7 @@ class Indexes(RemoteCalls):
         *,
         against: str | None = None,
         sample: int = 20_000,
-        queries: int = MOST_JUDGED,
+        queries: int = MAX_JUDGED,
         dimensions: int | None = None,
         precision: Precision | str | None = None,
     ) -> Steps[ComparisonQuote]:

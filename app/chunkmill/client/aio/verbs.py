@@ -11,13 +11,13 @@ from os import PathLike
 from typing import Any, Literal, overload
 
 from chunkmill.client.aio.running import RunningCalls
-from chunkmill.client.hybrid import MAX_JUDGED
 from chunkmill.domain.bridges import Bridge
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import Gates
+from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.maps import CollectionMap, MapMethod
 from chunkmill.domain.planning import DeadChunk

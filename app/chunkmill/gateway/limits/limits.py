@@ -133,8 +133,8 @@ class Limits:
     async def spending(self, caller: Caller, *, tokens: int, usd: Decimal) -> AsyncIterator[Use]:
         """Let workers embed meanwhile what takes no room in this gateway, such as the texts of a comparison.
 
-        If it fails, the estimate counts for the key all the same, because a part of it may have been done. Raises
-        :class:`Refusal` if the key's limits do not allow it.
+        If it fails, the estimate counts for the key all the same, because a part of it may have been done. If surely
+        nothing was, call ``use.settle(0)``. Raises :class:`Refusal` if the key's limits do not allow it.
         """
         async with self._counted(caller, Use(tokens, usd, Decimal(0)), counts_failures=True) as use:
             yield use
@@ -157,10 +157,13 @@ class Limits:
                 if against is not None:
                     raise _quota(state.limits, against)
                 reserved = UsageBooking(0, asked.tokens, asked.usd)
-            if counts_failures:
-                used = UsageBooking(0, tokens, use.usd)
-            yield use
-            used = UsageBooking(0, use.tokens, use.usd)
+            is_counted = counts_failures
+            try:
+                yield use
+                is_counted = True
+            finally:
+                if is_counted:
+                    used = UsageBooking(0, use.tokens, use.usd)
         finally:
             # Whatever happens here is only noted, so that a caller who hangs up ends at once.
             if state.tokens is not None:

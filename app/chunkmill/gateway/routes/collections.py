@@ -44,13 +44,13 @@ BODY_BYTES = 8 << 20
 MOST_CHUNKS = 1_000
 MOST_IDS = 10_000
 IDS_STEP = 20
-"""How many chunks are read by their ids at a time. Each may have 16 MiB of text."""
+"""How many chunks are read with their texts at a time, by their ids. Each may have 16 MiB of text."""
 PAGE_BYTES = 16 << 20
 """A page of chunks ends once its texts, metadata and vectors have about so many characters."""
 NUMBER_CHARACTERS = 12
 """About how many characters a number of a vector has in JSON."""
 VECTORS_STEP = 200
-"""How many vectors are written at a time: of 384 numbers, that is 2 ms."""
+"""How many vectors are read or written at a time: of 384 numbers, that is 2 ms."""
 
 _FILTER: Schema = {"type": "object", "description": "A filter of metadata: docs/search.md describes the language."}
 SEARCH: Schema = {
@@ -157,10 +157,6 @@ DROP: dict[str, Schema] = {
 }
 
 
-async def _named(gateway: Gateway, request: Request, caller: Caller) -> seen.VisibleCollection:
-    return await seen.collection(gateway, caller, request.path_params["collection"])
-
-
 async def list_collections(gateway: Gateway, request: Request, caller: Caller) -> Response:
     exact = Query(request, LISTED).flag("exact")
 
@@ -174,7 +170,7 @@ async def list_collections(gateway: Gateway, request: Request, caller: Caller) -
 
 async def one_collection(gateway: Gateway, request: Request, caller: Caller) -> Response:
     exact = Query(request, LISTED).flag("exact")
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     listed = await seen.read(gateway, lambda conn: overview.all_collections(conn, exact=exact, ids=[named.id]))
     if not listed:
         raise collections.not_found(named.name)
@@ -182,7 +178,7 @@ async def one_collection(gateway: Gateway, request: Request, caller: Caller) -> 
 
 
 async def search(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     body = await read_exact(request, BODY_BYTES)
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
@@ -265,12 +261,12 @@ def _hits(hits: Hits) -> dict[str, Any]:
 
 
 async def audit(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    return answer(await gateway.client.audit((await _named(gateway, request, caller)).name))
+    return answer(await gateway.client.audit((await seen.collection_in_path(gateway, request, caller)).name))
 
 
 async def chunks(gateway: Gateway, request: Request, caller: Caller) -> Response:
     query = Query(request, CHUNKS)
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     ids, chosen = query.texts("id"), query.object("filter")
     limit = query.number("limit", 100, least=1, most=MOST_CHUNKS) or 100
     with_text, with_vector = query.flag("with_text", default=True), query.flag("with_vector")
@@ -302,19 +298,15 @@ async def chunks(gateway: Gateway, request: Request, caller: Caller) -> Response
 
 async def get(gateway: Gateway, request: Request, caller: Caller) -> Response:
     Query(request, ())
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     body = await read_exact(request, BODY_BYTES)
     require_known(body, GET["properties"])
-    ids, flags = (
-        body.get("ids"),
-        {"with_text": body.get("with_text", True), "with_vector": body.get("with_vector", False)},
-    )
+    ids, with_text, with_vector = body.get("ids"), body.get("with_text", True), body.get("with_vector", False)
     if not isinstance(ids, list) or len(ids) > MOST_CHUNKS:
         raise wrong("ids", f"it must be a list of at most {MOST_CHUNKS:,} ids")
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise wrong(name, "it must be true or false")
-    return await _by_ids(gateway, named, ids, **flags)
+    if not isinstance(with_text, bool) or not isinstance(with_vector, bool):
+        raise wrong("with_vector" if isinstance(with_text, bool) else "with_text", "it must be true or false")
+    return await _by_ids(gateway, named, ids, with_text=with_text, with_vector=with_vector)
 
 
 async def _by_ids(
@@ -322,12 +314,13 @@ async def _by_ids(
 ) -> Response:
     stored: list[StoredChunk] = []
     size = 0
-    for first in range(0, len(ids), IDS_STEP):
-        some = ids[first : first + IDS_STEP]
+    step = IDS_STEP if with_text else VECTORS_STEP
+    for first in range(0, len(ids), step):
+        some = ids[first : first + step]
         got = await gateway.client.get(named.name, some, with_text=with_text, with_vector=with_vector)
         stored += got.values()
         size += sum(map(_size, got.values()))
-        if size > PAGE_BYTES and first + IDS_STEP < len(ids):
+        if size > PAGE_BYTES and first + step < len(ids):
             raise Refusal(
                 413,
                 "answer_too_large",
@@ -345,13 +338,13 @@ def _size(chunk: StoredChunk) -> int:
 
 async def count(gateway: Gateway, request: Request, caller: Caller) -> Response:
     chosen = Query(request, COUNT).object("filter")
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     return answer({"count": await gateway.client.count(named.name, filter=chosen)})
 
 
 async def delete(gateway: Gateway, request: Request, caller: Caller) -> Response:
     query = Query(request, DELETE_QUERY)
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     ids, chosen = query.texts("id"), query.object("filter")
     if ids is not None or chosen is not None:
         if await read_body(request, BODY_BYTES):
@@ -365,7 +358,7 @@ async def delete(gateway: Gateway, request: Request, caller: Caller) -> Response
 
 async def update(gateway: Gateway, request: Request, caller: Caller) -> Response:
     Query(request, ())
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     body = await read_exact(request, BODY_BYTES)
     require_known(body, UPDATE["properties"])
     if not isinstance(body.get("replace", False), bool):
@@ -392,7 +385,7 @@ def _meant(body: dict[str, Any]) -> dict[str, Any]:
 
 async def vectors(gateway: Gateway, request: Request, caller: Caller) -> Response:
     query = Query(request, VECTORS)
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     how, chosen = query.text("format") or "ndjson", query.object("filter")
     if how not in ("ndjson", "binary"):
         raise wrong("format", "it must be ndjson or binary")
@@ -423,13 +416,13 @@ def _block(ids: list[str], rows: NDArray[np.float32]) -> bytes:
 
 async def drop(gateway: Gateway, request: Request, caller: Caller) -> Response:
     wait = Query(request, DROP).flag("wait")
-    await _named(gateway, request, caller)
+    await seen.collection_in_path(gateway, request, caller)
     # The client refuses an alias, so the name goes on as it came.
     return answer(await gateway.client.drop_collection(request.path_params["collection"], wait=wait))
 
 
 async def rename(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    await _named(gateway, request, caller)
+    await seen.collection_in_path(gateway, request, caller)
     to = await _name_in_body(request, "name")
     _require_named(caller, to)
     await gateway.client.rename_collection(request.path_params["collection"], to)

@@ -9,8 +9,7 @@ from starlette.responses import Response
 
 from chunkmill.domain.results import Index, Keywords, SearchCounts
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, object_in, require_known, wrong
-from chunkmill.gateway.bodies import read_body
+from chunkmill.gateway.asked import Query, read_optional, wrong
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
@@ -46,20 +45,20 @@ COUNTED: dict[str, Schema] = {
 
 
 async def index(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    named = await _named(gateway, request, caller)
-    body = await _body(request, INDEX)
+    named = await seen.collection_in_path(gateway, request, caller)
+    body = await read_optional(request, BODY_BYTES, INDEX["properties"])
     return await lasting(gateway, gateway.client.index(named.name, space=_text(body, "space")))
 
 
 async def keywords(gateway: Gateway, request: Request, caller: Caller) -> Response:
     Query(request, ())
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     return answer({"keywords": await gateway.client.keywords(named.name)})
 
 
 async def make_keywords(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    named = await _named(gateway, request, caller)
-    language = _text(await _body(request, KEYWORDS), "language")
+    named = await seen.collection_in_path(gateway, request, caller)
+    language = _text(await read_optional(request, BODY_BYTES, KEYWORDS["properties"]), "language")
     if language is None:
         raise wrong("language", "it is required")
 
@@ -71,29 +70,18 @@ async def make_keywords(gateway: Gateway, request: Request, caller: Caller) -> R
 
 async def drop_keywords(gateway: Gateway, request: Request, caller: Caller) -> Response:
     Query(request, ())
-    return answer({"dropped": await gateway.client.drop_keywords((await _named(gateway, request, caller)).name)})
+    named = await seen.collection_in_path(gateway, request, caller)
+    return answer({"dropped": await gateway.client.drop_keywords(named.name)})
 
 
 async def search_counts(gateway: Gateway, request: Request, caller: Caller) -> Response:
     given = Query(request, COUNTED).text("hours")
-    named = await _named(gateway, request, caller)
+    named = await seen.collection_in_path(gateway, request, caller)
     try:
         hours = 24.0 if given is None else float(given)
     except ValueError:
         raise wrong("hours", "it must be a number") from None
     return answer({"counts": await gateway.client.search_counts(named.name, hours=hours)})
-
-
-async def _named(gateway: Gateway, request: Request, caller: Caller) -> seen.VisibleCollection:
-    return await seen.collection(gateway, caller, request.path_params["collection"])
-
-
-async def _body(request: Request, schema: Schema) -> dict[str, Any]:
-    """The body, which may be empty."""
-    sent = await read_body(request, BODY_BYTES)
-    body = object_in(sent) if sent else {}
-    require_known(body, schema["properties"])
-    return body
 
 
 def _text(body: dict[str, Any], field: str) -> str | None:

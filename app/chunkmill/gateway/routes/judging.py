@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any
 
 import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chunkmill.client.hybrid import MAX_JUDGED
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.embedded import estimated_tokens
+from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.results import SearchTuning
 from chunkmill.domain.spaces import Precision
+from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, object_in, require_known, wrong
-from chunkmill.gateway.bodies import read_body
+from chunkmill.gateway.asked import read_optional, wrong
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
+from chunkmill.gateway.limits.limits import Use
 from chunkmill.gateway.shapes import schema_of
 from chunkmill.store import golden
 
@@ -57,24 +59,25 @@ COMPARE: Schema = {
 
 
 async def tune(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    named = await _named(gateway, request, caller)
-    body = await _body(request, TUNE)
+    named = await seen.collection_in_path(gateway, request, caller)
+    body = await read_optional(request, BODY_BYTES, TUNE["properties"])
     seconds, space = timeout_in(body, TUNE_S), body.get("space")
     if space is not None and not isinstance(space, str):
         raise wrong("space", "it must be a text")
 
     async def tuned() -> SearchTuning:
-        tokens = await golden_tokens(gateway, named.id, MAX_JUDGED)
+        tokens = await golden_tokens(gateway, named.id)
         usd = tokens * gateway.price(named.model_for(session=None, space=space))
-        async with gateway.limits.spending(caller, tokens=tokens, usd=usd):
-            return await gateway.client.tune_search(named.name, timeout=seconds, space=space)
+        async with gateway.limits.spending(caller, tokens=tokens, usd=usd) as use:
+            with free_if_refused(use):
+                return await gateway.client.tune_search(named.name, timeout=seconds, space=space)
 
     return await lasting(gateway, tuned())
 
 
 async def compare(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    named = await _named(gateway, request, caller)
-    body = await _body(request, COMPARE)
+    named = await seen.collection_in_path(gateway, request, caller)
+    body = await read_optional(request, BODY_BYTES, COMPARE["properties"])
     if "model" not in body:
         raise wrong("model", "it is required")
     is_quote = body.pop("dry_run", False)
@@ -99,26 +102,23 @@ async def compare(gateway: Gateway, request: Request, caller: Caller) -> Respons
     return await lasting(gateway, compared())
 
 
-async def golden_tokens(gateway: Gateway, collection_id: int, most: int) -> int:
-    """About how many tokens the golden queries of a collection have, of which ``most`` are judged."""
+@contextlib.contextmanager
+def free_if_refused(use: Use) -> Iterator[None]:
+    """What is refused before a query is embedded costs nothing."""
+    try:
+        yield
+    except (InvalidInput, NotFound):
+        use.settle(0)
+        raise
+
+
+async def golden_tokens(gateway: Gateway, collection_id: int) -> int:
+    """About how many tokens the golden queries of a collection have that are judged."""
 
     def count(conn: sa.Connection) -> int:
-        return sum(estimated_tokens(query.text) for query in golden.read(conn, collection_id, most=most))
+        return sum(estimated_tokens(query.text) for query in golden.read(conn, collection_id, most=MAX_JUDGED))
 
     return await seen.read(gateway, count)
-
-
-async def _named(gateway: Gateway, request: Request, caller: Caller) -> seen.VisibleCollection:
-    Query(request, ())
-    return await seen.collection(gateway, caller, request.path_params["collection"])
-
-
-async def _body(request: Request, schema: Schema) -> dict[str, Any]:
-    """The body, which may be empty."""
-    sent = await read_body(request, BODY_BYTES)
-    body = object_in(sent) if sent else {}
-    require_known(body, schema["properties"])
-    return body
 
 
 _PATH = "/v1/collections/{collection}"

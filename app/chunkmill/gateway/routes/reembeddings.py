@@ -17,15 +17,13 @@ from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import NotFound
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, object_in, require_known, wrong
-from chunkmill.gateway.bodies import read_body
+from chunkmill.gateway.asked import Query, read_optional, require_known, wrong
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
-from chunkmill.gateway.routes.judging import golden_tokens
+from chunkmill.gateway.routes.judging import free_if_refused, golden_tokens
 from chunkmill.gateway.shapes import answer, list_of, object_of, schema_of
-from chunkmill.ledger.judging import MOST_JUDGED
 from chunkmill.ledger.reembedding import lives
 
 BODY_BYTES = 64 << 10
@@ -100,8 +98,8 @@ LISTED: dict[str, Schema] = {
 
 async def begin(gateway: Gateway, request: Request, caller: Caller) -> Response:
     """201 if it is begun, or goes on as asked before; 200 for a quote."""
-    named = await seen.collection(gateway, caller, request.path_params["collection"])
-    body = await _body(request, BEGIN)
+    named = await seen.collection_in_path(gateway, request, caller)
+    body = await read_optional(request, BODY_BYTES, BEGIN["properties"])
     if "to" not in body:
         raise wrong("to", "it is required")
     if not isinstance(body.get("dry_run", False), bool):
@@ -150,14 +148,15 @@ async def rollback(gateway: Gateway, request: Request, caller: Caller) -> Respon
 
 async def judge(gateway: Gateway, request: Request, caller: Caller) -> Response:
     named = await seen_reembedding(gateway, caller, request.path_params["id"])
-    seconds = timeout_in(await _body(request, JUDGE), JUDGE_S)
+    seconds = timeout_in(await read_optional(request, BODY_BYTES, JUDGE["properties"]), JUDGE_S)
     collection = await seen.collection(gateway, caller, named.collection)
 
     async def judged() -> Reembedding:
-        tokens = await golden_tokens(gateway, collection.id, MOST_JUDGED)
+        tokens = await golden_tokens(gateway, collection.id)
         usd = tokens * (gateway.price(named.from_model) + gateway.price(named.to_model))
-        async with gateway.limits.spending(caller, tokens=2 * tokens, usd=usd):
-            return await gateway.client.judge_reembedding(named.id, timeout=seconds)
+        async with gateway.limits.spending(caller, tokens=2 * tokens, usd=usd) as use:
+            with free_if_refused(use):
+                return await gateway.client.judge_reembedding(named.id, timeout=seconds)
 
     return await lasting(gateway, judged())
 
@@ -168,7 +167,7 @@ async def pause(gateway: Gateway, request: Request, caller: Caller) -> Response:
 
 async def resume(gateway: Gateway, request: Request, caller: Caller) -> Response:
     named = await seen_reembedding(gateway, caller, request.path_params["id"])
-    body = await _body(request, RESUME)
+    body = await read_optional(request, BODY_BYTES, RESUME["properties"])
     gates = gates_of(body["gates"], named.limits) if "gates" in body else None
     return answer(await gateway.client.resume_reembedding(named.id, gates=gates, ramp=body.get("ramp")))
 
@@ -208,25 +207,17 @@ def gates_of(given: object, before: Gates) -> Gates:
 
 async def _named(gateway: Gateway, request: Request, caller: Caller) -> int:
     named = await seen_reembedding(gateway, caller, request.path_params["id"])
-    await _body(request, NOTHING)
+    await read_optional(request, BODY_BYTES, ())
     return named.id
 
 
 async def _to_flip(gateway: Gateway, request: Request, caller: Caller) -> tuple[int, dict[str, Any]]:
     named = await seen_reembedding(gateway, caller, request.path_params["id"])
-    body = await _body(request, FLIP)
+    body = await read_optional(request, BODY_BYTES, FLIP["properties"])
     asked: dict[str, Any] = {"missing": body.get("missing")}
     if "timeout_s" in body:
         asked["timeout"] = timeout_in(body, 0.0, most=LONGEST_S)
     return named.id, asked
-
-
-async def _body(request: Request, schema: Schema) -> dict[str, Any]:
-    """The body, which may be empty if nothing in it is required."""
-    sent = await read_body(request, BODY_BYTES)
-    body = object_in(sent) if sent else {}
-    require_known(body, schema.get("properties", {}))
-    return body
 
 
 def _action(word: str, handler: Any, summary: str, body: Schema = NOTHING) -> Endpoint:
