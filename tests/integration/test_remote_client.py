@@ -337,7 +337,7 @@ def test_chunks_and_vectors_by_their_ids_are_those_of_a_client(
 ) -> None:
     monkeypatch.setattr(remote_collections, "PAGE_WITH_TEXT", 4)
     monkeypatch.setattr(remote_collections, "PAGE_WITHOUT", 5)
-    monkeypatch.setattr(gateway_collections, "VECTORS_STEP", 2)
+    monkeypatch.setattr(gateway_collections, "IDS_STEP", 2)
     monkeypatch.setattr(remote_collections, "WHOLE_BATCH", 3)
     job = client.enqueue([(f"id {i}/é", f"{name} {i}", {"n": i}) for i in range(11)], collection=name)
     scene.embed(job.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -80,7 +81,9 @@ def write_backup(screen: Screen, file: Path) -> None:
         }
     )
     screen.say("")
-    screen.say("To bring it back, here or on another machine: ", (f"chunkmill restore {file}", "bold"))
+    screen.say(
+        "To bring it back, here or on another machine: ", (f"chunkmill restore {shlex.quote(str(file))}", "bold")
+    )
 
 
 def read_backup(screen: Screen, file: Path, *, replace: bool, yes: bool) -> None:
@@ -212,7 +215,7 @@ def _check(archive: archives.Archive, there: _Destination, settings: Settings) -
         raise InvalidInput(
             f"the backup is of an installation in the schema {archive.schema!r}, and DATABASE_SCHEMA is "
             f"{settings.database_schema!r}. Functions name the schema, so restore it with: "
-            f"DATABASE_SCHEMA={archive.schema} chunkmill restore {archive.file}"
+            f"DATABASE_SCHEMA={archive.schema} chunkmill restore {shlex.quote(str(archive.file))}"
         )
     if "public" in (archive.schema, there.schema) and there.public_is_used:
         raise InvalidInput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 
 import sqlalchemy as sa
 
@@ -92,7 +93,8 @@ class Collections(ClientPart):
                 if not tries_left:
                     raise StoreUnavailable(
                         f"collection {name!r} is not renamed, because producers write into it without a pause. Try "
-                        f"again when they are done, or give it an alias: chunkmill collections alias {to!r} {name!r}"
+                        f"again when they are done, or give it an alias: chunkmill collections alias {shlex.quote(to)} "
+                        f"{shlex.quote(name)}"
                     ) from error
             else:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -225,7 +226,7 @@ class Comparisons(HybridSearch):
             raise InvalidInput(
                 f"collection {collection!r} has nothing to judge a model by: no golden query whose chunks are there, "
                 "and no chunk with a title. Load some with client.golden({collection!r}).load(…), or: "
-                f"chunkmill golden load {collection} QUERIES QRELS"
+                f"chunkmill golden load {shlex.quote(collection)} QUERIES QRELS"
             )
         numbers = {content_hash: i for i, content_hash in enumerate(sorted(set(known.values())))}
         questions = [_by_number(question, known, numbers) for question in judgeable]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -57,7 +58,7 @@ class HybridSearch(Vectors):
                 if made != keywords.qualified(language):
                     raise InvalidInput(
                         f"collection {collection!r} has keywords in {made} already. Call drop_keywords({collection!r}) "
-                        f"first, or run: chunkmill keywords {collection} --drop"
+                        f"first, or run: chunkmill keywords {shlex.quote(collection)} --drop"
                     )
         if language is not None:
             with store_errors(self._db):

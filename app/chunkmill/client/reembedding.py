@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from decimal import Decimal
@@ -285,7 +286,8 @@ class Reembeddings(ClientPart):
             if not lives.cancel(conn, life):
                 raise InvalidInput(
                     f"re-embedding {life.id} of collection {life.collection!r} is {life.state}, so there is nothing to "
-                    f"cancel. After a flip, `chunkmill reembed rollback {life.collection}` returns to the old space."
+                    f"cancel. After a flip, `chunkmill reembed rollback {shlex.quote(life.collection)}` returns to the "
+                    "old space."
                 )
         with store_errors(self._db):
             cleaning.clean_up(self._db, life.id)
@@ -326,7 +328,7 @@ def _require_state(life: Life, states: Sequence[ReembeddingState], *, back: bool
     if life.state.is_end or (not back and life.state is ReembeddingState.FLIPPED):
         advice = "The flip is done."
         if life.state.is_end:
-            advice = f"Begin another one: chunkmill reembed start {life.collection} MODEL"
+            advice = f"Begin another one: chunkmill reembed start {shlex.quote(life.collection)} MODEL"
     raise InvalidInput(
         f"re-embedding {life.id} of collection {life.collection!r} cannot {what}, because it is {life.state}. {advice}"
     )
@@ -337,7 +339,7 @@ def _why_not(life: Life, tried: FlipAttempt, most: int, *, back: bool, timeout: 
     if tried.open_contents:
         reason = (
             f"more than {tried.open_contents - 1:,} texts have no vector in it yet. Wait until they are embedded: "
-            f"chunkmill audit {life.collection}"
+            f"chunkmill audit {shlex.quote(life.collection)}"
         )
     elif tried.missing:
         reason = (

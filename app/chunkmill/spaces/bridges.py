@@ -7,6 +7,7 @@ space that the bridge leads into, and in the one that drops the collection.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 from collections import OrderedDict
@@ -70,7 +71,8 @@ def find(conn: sa.Connection, collection: Collection, name: str) -> Crossing | N
     known = f"It has these: {', '.join(map(repr, names))}." if names else "It has none."
     raise NotFound(
         f"collection {collection.name!r} has no bridge {name!r}. {known} "
-        f"To learn one: client.bridge({collection.name!r}, MODEL), or: chunkmill bridge learn {collection.name} MODEL"
+        f"To learn one: client.bridge({collection.name!r}, MODEL), or: "
+        f"chunkmill bridge learn {shlex.quote(collection.name)} MODEL"
     )
 
 

@@ -6,6 +6,8 @@ A name belongs to a collection or to an alias. Each of these functions first tak
 
 from __future__ import annotations
 
+import shlex
+
 import sqlalchemy as sa
 
 from chunkmill.db.locks import NAMES_LOCK, lock
@@ -29,7 +31,7 @@ def drop(conn: sa.Connection, name: str) -> Collection:
     if aliases := aliases_of(conn, collection.id):
         raise InvalidInput(
             f"collection {name!r} is not dropped, because it has the alias {aliases[0]!r}. Move the alias to another "
-            f"collection, or remove it first: chunkmill collections unalias {aliases[0]}"
+            f"collection, or remove it first: chunkmill collections unalias {shlex.quote(aliases[0])}"
         )
     # The name stays for a moment, because a change of it has to wait for the windows that producers are writing.
     update = "UPDATE collections SET dropped_at = now() WHERE id = :id"

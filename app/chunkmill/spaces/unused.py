@@ -6,6 +6,7 @@ anything at a provider, a question that waits for its answer, and for a line of 
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -60,14 +61,17 @@ def _user(conn: sa.Connection, space: Space) -> str:
     if name is not None:
         return (
             f"collection {name!r} is being re-embedded into it or out of it. Cancel or finish the re-embedding first: "
-            f"chunkmill reembed show {name}"
+            f"chunkmill reembed show {shlex.quote(name)}"
         )
     query = "SELECT max(id) FROM jobs WHERE space_id = :space"
     job = conn.execute(sa.text(query), {"space": space.id}).scalar_one()
     if job is not None:
         return f"job {job} embedded into it. `chunkmill prune` deletes old jobs"
     if bridges.are_kept(conn) and (bridged := bridges.user_of(conn, space.id)) is not None:
-        return f"a bridge of collection {bridged!r} uses it. `chunkmill bridge drop {bridged} NAME` deletes it"
+        return (
+            f"a bridge of collection {bridged!r} uses it. `chunkmill bridge drop {shlex.quote(bridged)} NAME` deletes "
+            "it"
+        )
     query = """
         SELECT EXISTS (SELECT FROM charges WHERE space_id = :space)
             OR EXISTS (SELECT FROM adjustments WHERE space_id = :space)

@@ -14,6 +14,7 @@ texts together. The statistics of the table say how common a term is, and a term
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ def require_ready(conn: sa.Connection, collection: Collection) -> KeywordIndex:
     if index is None:
         raise InvalidInput(
             f"collection {collection.name!r} has no keywords. Call client.keywords({collection.name!r}, "
-            f"language='english') once, or run: chunkmill keywords {collection.name} --language english"
+            f"language='english') once, or run: chunkmill keywords {shlex.quote(collection.name)} --language english"
         )
     if index.state is not KeywordState.READY:
         language = index.language.removeprefix("pg_catalog.")

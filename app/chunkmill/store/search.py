@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -193,7 +194,7 @@ def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_i
     if conn.execute(sa.text(query), {"collection": collection.id, "id": chunk_id}).scalar_one():
         raise NotFound(
             f"chunk {chunk_id[:200]!r} of collection {collection.name!r} has no vector: "
-            f"`chunkmill audit {collection.name}` says why."
+            f"`chunkmill audit {shlex.quote(collection.name)}` says why."
         )
     raise NotFound(f"there is no chunk {chunk_id[:200]!r} in collection {collection.name!r}.")
 

@@ -117,6 +117,38 @@ def test_whoever_types_what_a_message_advises_is_understood(package: str) -> Non
     assert [(*shown, problem) for shown in advised if (problem := problem_with(shown[1], whole=True))] == []
 
 
+def unquoted_in(code: str) -> list[str]:
+    """What messages put as it is into commands that they advise, although a shell may take it for several words.
+
+    Numbers, routes and the like need no quotes, and are known by how their expressions end.
+    """
+    harmless = re.compile(
+        r"(id|number|lane|route|OPENAI|asked|target|schema|other|space|setting|port|\(day=1\)|\[:12\])$"
+    )
+    unquoted: list[str] = []
+    for node in ast.walk(ast.parse(code)):
+        said = ""
+        for part in node.values if isinstance(node, ast.JoinedStr) else []:
+            if isinstance(part, ast.FormattedValue):
+                put = ast.unparse(part.value)
+                is_in_command = re.search(r"\bchunkmill [a-z][^`.,;\n]*$", said)
+                if is_in_command and not put.startswith("shlex.quote(") and not harmless.search(put):
+                    unquoted.append(put)
+                said += "X"
+            elif isinstance(part, ast.Constant):
+                said += str(part.value)
+    return unquoted
+
+
+@pytest.mark.parametrize("package", ["app", "workers"])
+def test_a_name_in_a_command_that_a_message_advises_is_one_word_for_a_shell(package: str) -> None:
+    """Names of collections, bridges, models and files may have blanks and quotes."""
+    assert unquoted_in('f"or run: chunkmill audit {collection.name}"') == ["collection.name"]
+    assert unquoted_in('f"{name!r}: chunkmill audit {shlex.quote(name)}. It has {n}, and chunkmill job {job.id}"') == []
+    code = {str(path): path.read_text() for path in sorted((ROOT / package).rglob("*.py"))}
+    assert {name: put for name, text in code.items() if (put := unquoted_in(text))} == {}
+
+
 def test_where_advice_is_found() -> None:
     code = """
 def refuse(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -148,4 +149,7 @@ def show_bridge(screen: Screen, one: Bridge) -> None:
         f"{of} among {count(one.ranked, 'chunk')}."
     )
     screen.say(one.because)
-    screen.say(f"To search through it: chunkmill search --bridge {one.name} -c {one.collection} QUERY")
+    screen.say(
+        f"To search through it: chunkmill search --bridge {shlex.quote(one.name)} "
+        f"-c {shlex.quote(one.collection)} QUERY"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def map(  # noqa: A001 - it is the command's name
     if by is not None and drawn.values and all(value is None for value in drawn.values):
         screen.hint(
             f"No chunk here has the field {by!r} in its metadata. To see the fields: "
-            f"chunkmill chunks list {collection} --limit 3"
+            f"chunkmill chunks list {shlex.quote(collection)} --limit 3"
         )
 
 

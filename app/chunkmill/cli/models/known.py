@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -181,7 +182,7 @@ def settings_of(option: Option) -> list[str]:
     if model.note is not None:
         lines.append(f"# {model.note}")
     if option.basis != "measured":
-        lines.append(f"# then: chunkmill tune --model '{model.name}@<commit>'")
+        lines.append(f"# then: chunkmill tune --model {shlex.quote(f'{model.name}@<commit>')}")
     return lines
 
 

@@ -44,13 +44,13 @@ BODY_BYTES = 8 << 20
 MOST_CHUNKS = 1_000
 MOST_IDS = 10_000
 IDS_STEP = 20
-"""How many chunks are read with their texts at a time, by their ids. Each may have 16 MiB of text."""
+"""How many chunks are read by their ids at a time. Each may have 16 MiB of text."""
 PAGE_BYTES = 16 << 20
 """A page of chunks ends once its texts, metadata and vectors have about so many characters."""
 NUMBER_CHARACTERS = 12
 """About how many characters a number of a vector has in JSON."""
 VECTORS_STEP = 200
-"""How many vectors are read or written at a time: of 384 numbers, that is 2 ms."""
+"""How many vectors are written at a time: of 384 numbers, that is 2 ms."""
 
 _FILTER: Schema = {"type": "object", "description": "A filter of metadata: docs/search.md describes the language."}
 SEARCH: Schema = {
@@ -314,13 +314,12 @@ async def _by_ids(
 ) -> Response:
     stored: list[StoredChunk] = []
     size = 0
-    step = IDS_STEP if with_text else VECTORS_STEP
-    for first in range(0, len(ids), step):
-        some = ids[first : first + step]
+    for first in range(0, len(ids), IDS_STEP):
+        some = ids[first : first + IDS_STEP]
         got = await gateway.client.get(named.name, some, with_text=with_text, with_vector=with_vector)
         stored += got.values()
         size += sum(map(_size, got.values()))
-        if size > PAGE_BYTES and first + step < len(ids):
+        if size > PAGE_BYTES and first + IDS_STEP < len(ids):
             raise Refusal(
                 413,
                 "answer_too_large",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -135,7 +136,7 @@ def latest_of(conn: sa.Connection, collection: Collection) -> Life:
     if not lives:
         raise NotFound(
             f"collection {collection.name!r} was never moved to another space; `chunkmill reembed start "
-            f"{collection.name!r} MODEL` begins it."
+            f"{shlex.quote(collection.name)} MODEL` begins it."
         )
     return lives[0]
 

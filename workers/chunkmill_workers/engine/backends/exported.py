@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def find(folder: ModelFolder, target: Target) -> Export:
     """The export of exactly these weights. Raises ModelLoadError, which says how to make it."""
     require(target)
     at = export_folder(folder, target)
-    command = f"chunkmill models export {folder.name} --backend {target}"
+    command = f"chunkmill models export {shlex.quote(folder.name)} --backend {target}"
     if not (at / _STATEMENT).is_file():
         others = [
             statement
