@@ -71,9 +71,8 @@ def _ask(context: ProviderContext, space: Space) -> None:
         embedded = ask_plain(context, space, [PROBE], tokens=tokens, idempotency_key=f"probe-{secrets.token_hex(8)}")
     except ProviderSilent as silent:
         with context.begin() as conn:
-            if questions.take_sent(conn, key):
+            if questions.end(conn, key):
                 book_silence(conn, context, space, [UnansweredRequests(0, 1, tokens)], silent)
-            questions.end(conn, key)
         raise
     except ProviderError as error:
         with context.begin() as conn:
@@ -88,9 +87,8 @@ def _ask(context: ProviderContext, space: Space) -> None:
         ) from None
     charged = tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
     with context.begin() as conn:
-        if questions.take_sent(conn, key):
+        if questions.end(conn, key):
             book_answer(conn, context, space, contents=1, tokens=charged)
-        questions.end(conn, key)
     COUNTS.add(metrics.TOKENS, charged)
     if embedded.problems:
         raise ProviderStopped(

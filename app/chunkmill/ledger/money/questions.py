@@ -82,9 +82,13 @@ def take_sent(conn: sa.Connection, key: bytes) -> bool:
     return taken.one_or_none() is not None
 
 
-def end(conn: sa.Connection, key: bytes) -> None:
-    """Take a question out of flight: what was sent of it is booked, or was refused."""
-    conn.execute(sa.text("DELETE FROM provider_questions WHERE key = :key"), {"key": key})
+def end(conn: sa.Connection, key: bytes) -> bool:
+    """Take a question out of flight: what was sent of it is booked, in this transaction or before, or was refused.
+
+    Returns False if another worker has booked it and taken it out.
+    """
+    deleted = conn.execute(sa.text("DELETE FROM provider_questions WHERE key = :key"), {"key": key})
+    return deleted.rowcount == 1
 
 
 def overdue_spaces(conn: sa.Connection) -> Sequence[int]:
