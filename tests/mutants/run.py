@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from queue import SimpleQueue
 
 from tests.mutants.catalogue import ROOT, Mutant, NoLongerApplies
@@ -86,6 +88,12 @@ def copies(number: int) -> Iterator[SimpleQueue[Path]]:
                 if (ROOT / name).is_file():
                     (copy / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(ROOT / name, copy / name)
+            # Compiled once, and not by each process of each mutant's tests. A file counts for its source by the digest
+            # of that, so that the mutant itself is compiled anew.
+            for code in ("app", "workers", "alembic", "tests"):
+                compileall.compile_dir(
+                    copy / code, quiet=2, workers=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH
+                )
             free.put(copy)
         yield free
 
@@ -113,7 +121,8 @@ def _pytest(copy: Path, arguments: list[str], *, limit: float) -> tuple[int | No
     env = os.environ | {
         # Before the editable install, whose code is not the mutant's.
         "PYTHONPATH": f"{copy}/app:{copy}/workers:{copy}",
-        "PYTHONDONTWRITEBYTECODE": "1",  # a cached module is known by second and size: a mutant may share both
+        # A module that Python itself caches is known by second and size: a mutant may share both.
+        "PYTHONDONTWRITEBYTECODE": "1",
         "TEST_PATIENCE": str(PATIENCE_SECONDS),
     }
     with tempfile.TemporaryFile("w+") as output:
