@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -279,6 +280,39 @@ def test_a_long_text_without_spaces_is_read_in_windows(name: str, kind: str, mon
 
     assert ids.tolist() == tokenizer._encode([text], 0)[0].tolist()
     assert (max(read, default=0) > overlaps._WINDOW) is ((name, kind) in WHOLE)
+
+
+@pytest.mark.parametrize("name", [*sorted(UNIGRAM), "bert-cased", "gpt2"])
+@pytest.mark.parametrize("kind", ODD)
+def test_a_text_too_long_to_be_read_whole_is_cut_and_nothing_of_it_is_lost(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlaps, "_WORTH_A_CUT", 12_000)
+    read: list[int] = []
+    own = Overlaps._read
+
+    def counted(self: Overlaps, text: str, start: int, length: int) -> Any:
+        read.append(min(length, len(text) - start))
+        return own(self, text, start, length)
+
+    monkeypatch.setattr(Overlaps, "_read", counted)
+    text = (ODD[kind] * 20)[:20_000]  # one cut
+    tokenizer = built(name)
+    [ids] = tokenizer.encode([text])
+    [whole] = tokenizer._encode([text], 0)
+
+    assert max(read, default=0) <= 12_000
+    if name not in UNIGRAM:
+        assert np.array_equal(ids, whole) if not isinstance(whole, TextFailure) else ids == whole
+        return
+    others = (Counter(ids.tolist()) - Counter(whole.tolist())) + (Counter(whole.tolist()) - Counter(ids.tolist()))
+    assert others.total() <= 8  # in the same letter again and again, one more or less shifts all that follow
+    if len(set(text[100:200])) > 1:
+        assert _same_beginning(ids, whole) + _same_beginning(ids[::-1], whole[::-1]) >= len(whole) - 3
+
+
+def _same_beginning(ids: Any, others: Any) -> int:
+    return next((at for at, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), len(ids))
 
 
 def test_a_giant_word_of_a_bert_tokenizer_is_not_read_whole(minilm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,21 @@ The text is read in windows that overlap. Two of them are joined at a place wher
   longest token: one of these ends is the end of a token of the text. What is before it does not depend on what follows;
 - inside an unknown token that both windows show throughout their overlap.
 
-A word of a Unigram model is never cut. Two paths through it may have the same tokens in another order, and then the
-rounding of their sums decides, which depends on the word from its beginning.
+A word of a Unigram model has no such place. Two paths through it may have the same tokens in another order, and then
+the rounding of their sums decides, which depends on the word from its beginning.
 
 Both windows must show the same tokens and the same beginnings of words on both sides of the place, with visible
 characters up to their own ends. So what normalisers and pre-tokenizers do at the end of a window does not reach the
-place, and from there on they do the same in both. If a window has no such place, a longer one is read, and in the end
-the whole text.
+place, and from there on they do the same in both. If a window has no such place, a longer one is read.
+
+If half a million characters have no such place, memory counts for more than the last id: the text is cut between two
+tokens all the same. All of its characters are read, and a few ids beside the cut may be others than those of the whole.
 """
 
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -30,6 +33,8 @@ from chunkmill_workers.engine.windows import Ids
 
 # Characters of a window. A window of Chinese, of which each character is three bytes, takes 80 MB.
 _WINDOW: Final = 131_072
+# The least characters of a window that is cut although that may change the ids beside the cut.
+_WORTH_A_CUT: Final = 4 * _WINDOW
 # The least characters between a place and the end of either window.
 _MARGIN: Final = 1_024
 # How many tokens on each side of a place must be the same in both windows.
@@ -56,8 +61,8 @@ class _Joint:
     place: int
     start: int
     """Where the next window begins."""
-    around: tuple[_Token, ...]
-    """The tokens on both sides, or the unknown token that the place is inside."""
+    around: tuple[_Token, ...] | None
+    """The tokens on both sides, or the unknown token that the place is inside; None if they need not be the same."""
 
 
 class _Window:
@@ -79,8 +84,15 @@ class _Window:
     def around(self, at: int) -> tuple[_Token, ...]:
         return tuple(self.token(near) for near in range(max(at - _AROUND, 0), min(at + _AROUND, len(self.ids))))
 
+    def first_after(self, place: int) -> int:
+        """The index of the first token that ends after ``text[place]``."""
+        ends = range(len(self.ids))
+        return bisect_right(ends, place - self.start, key=lambda at: self._encoding.token_to_chars(at)[1])
+
     def first_behind(self, joint: _Joint) -> int | None:
         """The index of the first token behind ``joint``; None if this window cannot be joined there."""
+        if joint.around is None:
+            return self.first_after(joint.place)
         at = self._encoding.char_to_token(joint.place - self.start)
         if at is None:
             return None
@@ -106,7 +118,7 @@ class Overlaps:
         parts: list[Ids] = []
         window, first = self._read(text, 0, _WINDOW), 0
         while window.end < len(text):
-            joint = self._joint(text, window)
+            joint = self._joint(text, window) or self._inexact_joint(text, window)
             if joint is not None:
                 following = self._read(text, joint.start, _WINDOW)
                 behind = following.first_behind(joint)
@@ -167,6 +179,32 @@ class Overlaps:
                 same = (self._read(text, joint.start, end - joint.start).first_behind(joint) for end in ends)
                 return joint if all(behind is not None for behind in same) else None
         return None
+
+    def _inexact_joint(self, text: str, window: _Window) -> _Joint | None:
+        """A joint before the last token that is not too near to the end, if no longer window may be read.
+
+        The next window begins where it has a token that begins there too, or the same token throughout, so that no
+        character is read twice. Where there is no such place, the token that holds it is read again.
+        """
+        if window.end - window.start < max(_WORTH_A_CUT, 8 * self._margin):
+            return None
+        place = window.end - self._margin
+        count = window.first_after(place)
+        around = None
+        if count < len(window.ids):
+            token = window.token(count)
+            if token.start - self._margin > window.start:
+                place = token.start
+            else:  # one token is most of the window
+                count, around = count + 1, (_Token(token.id, place, place, False),)
+        start = max(window.token_start(place - self._margin), place - 2 * self._margin)
+        for earlier in range(_MOST_TRIALS):
+            joint = _Joint(count, place, start - earlier, around)
+            probe = self._read(text, joint.start, window.end - joint.start)
+            first = probe.first_behind(joint)
+            if first is not None and (around or first == len(probe.ids) or probe.token(first).start >= place):
+                return joint
+        return _Joint(count, place, start, None)
 
     def _inside_unknown(self, text: str, window: _Window) -> _Joint | None:
         """A joint inside the last token, if that is longer than a token of the vocabulary can be."""
