@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,23 @@ def test_a_mutant_applies_to_the_code_as_it_is(mutant: Mutant) -> None:
     for test in mutant.tests:
         file, _, name = test.partition("::")
         assert not name or f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), test
+
+
+_FUNCTION = re.compile(r'^    \(\n(?: +#.*\n)* +"(\w+)", "|CREATE (?:OR REPLACE )?FUNCTION (\w+)\(', re.MULTILINE)
+"""The beginning of a function in a migration: in a list of functions, or in a statement of its own."""
+
+
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in MUTANTS if mutant.file.startswith("alembic/")], ids=lambda mutant: mutant.name
+)
+def test_a_mutant_of_a_migration_is_in_a_function_that_no_later_one_replaces(mutant: Mutant) -> None:
+    """What is replaced would be changed in vain: no test could notice."""
+    before, old, _ = (ROOT / mutant.file).read_text().partition(mutant.old)
+    functions = [name or other for name, other in _FUNCTION.findall(before + old)]
+    for later in sorted((ROOT / "alembic" / "versions").glob("*.py")):
+        if functions and later.name > Path(mutant.file).name:
+            replaced = {name or other for name, other in _FUNCTION.findall(later.read_text())}
+            assert functions[-1] not in replaced, f"{later.name} replaces {functions[-1]}"
 
 
 def test_names_are_given_once() -> None:
