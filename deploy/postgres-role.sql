@@ -150,6 +150,8 @@ BEGIN
             -- So are keywords, which say nearly what the texts say. Golden queries are texts too.
             ('^(keyword_indexes|keywords_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
             ('^keywords_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            -- Outdated texts are written by triggers alone.
+            ('^outdated_(chunks|collections)$', 'INSERT, UPDATE, DELETE', writers),
             -- A bridge decides what searches find.
             ('^bridges$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^(golden_queries|search_tunings)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
@@ -243,7 +245,7 @@ BEGIN
         SELECT c.oid::regclass AS name, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
         FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home))
-        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|worker_sockets|bridges|vectors_[0-9]+)$'
+        AND c.relname ~ '^(contents|chunks|outdated_chunks|embed_requests|golden_queries|worker_sockets|bridges|vectors_[0-9]+)$'
         AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding', 'token', 'arrays')
         GROUP BY c.oid
     LOOP

@@ -62,7 +62,7 @@ SECTIONS = {
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
     "What comes back: collections": [
         "Hits", "SearchHit", "SearchPlan", "SearchCounts", "StoredChunk", "ChunkState", "Exported", "Audit", "Index",
-        "CollectionInfo", "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
+        "CollectionInfo", "DroppedCollection", "Keywords", "Outdated", "GoldenQuery", "GoldenLoaded", "SearchTuning",
         "Bridge", "BridgeTrial", "AdapterKind", "CollectionMap", "MapMethod", "Legend",
     ],
     "What comes back: judged models": [

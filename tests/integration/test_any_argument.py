@@ -83,6 +83,7 @@ KNOWN: dict[str, dict[str, Any]] = {
             "golden",
             "tune_search",
             "search_counts",
+            "outdated",
             "batcher",
             "map",
         )

@@ -419,6 +419,24 @@ def test_keywords_and_indexes_are_made_and_dropped_and_the_other_collection_keep
     assert client.keywords(other) is not None
 
 
+def test_outdated_chunks_are_served_through_a_gateway_by_collection(scene: GatewayScene, client: Remote) -> None:
+    name, other = f"outdated of {client.kind}", f"not of {client.kind}"
+    for one in (name, other):
+        scene.embed(client.enqueue([(f"{i}", f"{one} {i}") for i in range(3)], collection=one).id)
+    assert client.outdated(name) == scene.client.outdated(name)
+    assert client.outdated(name, serve=True) == client.outdated(name) == scene.client.outdated(name)
+    for one in (name, other):
+        client.cancel(client.enqueue([("1", f"new text of {one}")], collection=one).id)  # no worker embeds it
+    vector = scene.client.vectors(name, ["1", "2"])["2"]
+    hits = client.search(vector, collection=name)
+    assert hits == scene.client.search(vector, collection=name)
+    assert [(hit.chunk_id, hit.text) for hit in hits if hit.outdated] == [("1", f"{name} 1")]
+    assert sorted(hit.chunk_id for hit in client.search(vector, collection=other)) == ["0", "2"]
+    assert (client.outdated(name).waiting, client.outdated(other).waiting) == (1, 0)
+    assert not client.outdated(name, serve=False).is_served
+    assert len(client.search(vector, collection=name)) == 2
+
+
 def test_how_searches_went_is_told_by_collection(scene: GatewayScene, client: Remote) -> None:
     for collection in (DOCS, ODD):
         mine, theirs = client.search_counts(collection, hours=2.5), scene.client.search_counts(collection, hours=2.5)
@@ -440,6 +458,8 @@ def test_a_key_keeps_in_order_what_it_may(scene: GatewayScene, client: Remote) -
             lambda: docs.keywords(ODD, language="simple"),
             lambda: docs.drop_keywords(ODD),
             lambda: docs.search_counts(ODD),
+            lambda: docs.outdated(ODD),
+            lambda: docs.outdated(ODD, serve=True),
         ):
             with pytest.raises(NotFound):
                 call()
@@ -455,11 +475,11 @@ def test_a_key_keeps_in_order_what_it_may(scene: GatewayScene, client: Remote) -
                 getattr(search, verb)(*given, **more)
         for call in (
             lambda: search.index(DOCS), lambda: search.keywords(DOCS, language="simple"),
-            lambda: search.drop_keywords(DOCS),
+            lambda: search.drop_keywords(DOCS), lambda: search.outdated(DOCS, serve=True),
         ):  # fmt: skip
             with pytest.raises(AccessDenied):
                 call()
-        assert search.get(DOCS, []) == {} and search.keywords(DOCS) is None
+        assert search.get(DOCS, []) == {} and search.keywords(DOCS) is None and not search.outdated(DOCS).is_served
     assert {one.name for one in scene.client.collections()} >= {DOCS, ODD}
 
 
@@ -502,6 +522,8 @@ ERRORS: list[tuple[type[Exception], Callable[[Any], Any]]] = [
     (NotFound, lambda c: c.keywords("absent", language="simple")),
     (NotFound, lambda c: c.drop_keywords("absent")),
     (NotFound, lambda c: c.search_counts("absent")),
+    (NotFound, lambda c: c.outdated("absent")),
+    (InvalidInput, lambda c: c.outdated(DOCS, serve=1)),
     (InvalidInput, lambda c: c.get(DOCS, "one id")),
     (InvalidInput, lambda c: c.get(DOCS, [1])),
     (InvalidInput, lambda c: c.vectors(DOCS, "one id")),

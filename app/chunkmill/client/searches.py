@@ -1,4 +1,4 @@
-"""How searches went: counts, latencies and feedback for each space of a collection."""
+"""How searches went, with counts, latencies and feedback for each space; and whether they find replaced chunks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from chunkmill.client.base import ClientPart
 from chunkmill.client.counting import counting_of
 from chunkmill.domain.arguments import as_seconds, as_text, require_name
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.results import SearchCounts
+from chunkmill.domain.results import Outdated, SearchCounts
 from chunkmill.domain.sessions import SearchId
 from chunkmill.errors import InvalidInput, NotFound, StoreUnavailable
 from chunkmill.spaces import serving
 from chunkmill.spaces.registry import Space
-from chunkmill.store import searches
+from chunkmill.store import outdated, searches
 from chunkmill.store.searches import CountedSearches
 
 MOST_HOURS = 24 * searches.KEPT_DAYS
 
 
 class Searches(ClientPart):
-    """The part of the client that is about searches that were made."""
+    """The part of the client that is about searches that were made, and about what they find meanwhile."""
 
     def feedback(self, search_id: str, chunk_id: str) -> bool:
         """Say that a hit was what somebody wanted, for example because they clicked on it.
@@ -63,6 +63,29 @@ class Searches(ClientPart):
         listed += [(other.space, other.role.value, other.share) for other in served.others]
         rows = [_counts(space, role, share, counted.get(space.id)) for space, role, share in listed]
         return Rows(rows, SearchCounts)
+
+    def outdated(self, collection: str, *, serve: bool | None = None) -> Outdated:
+        """Whether searches find a replaced chunk by its old vector until it has its new one.
+
+        By default they do not: a chunk whose text was replaced cannot be found until a worker has embedded the new
+        text. With ``serve=True`` a chunk that is replaced from then on is found by its old vector and shown with its
+        old text, and ``outdated`` of the hit says so. Its metadata are the new ones, which filters look at. From the
+        commit that writes the new vector on, the chunk is found by that; a chunk that is deleted is not found at all.
+        Old texts and vectors are copied for as long as that takes, and each search compares its query with all of
+        them. Keywords find new texts only. ``serve=False`` ends it and deletes the copies.
+
+        Raises :class:`NotFound`, and :class:`StoreUnavailable` if writers held the chunks for 10 s when the first
+        collection was set so.
+        """
+        require_name("collection", collection)
+        if serve is not None and not isinstance(serve, bool):
+            raise InvalidInput(f"serve is {serve!r}; it must be True or False, or None to change nothing.")
+        with self._transaction() as conn:
+            row = serving.find(conn, collection)
+            if serve is not None:
+                outdated.serve(conn, row.id, wanted=serve)
+            is_served = outdated.is_served(conn, row.id)
+            return Outdated(row.name, is_served, outdated.count(conn, row.active, row.id) if is_served else 0)
 
 
 def _counts(space: Space, role: str, share: int, counted: CountedSearches | None) -> SearchCounts:

@@ -12,8 +12,8 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-import pgvector.sqlalchemy  # noqa: F401 - the check reads vector tables too, and this teaches SQLAlchemy their types
 import sqlalchemy as sa
+from pgvector.sqlalchemy import VECTOR
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -313,6 +313,31 @@ class ServingTailRow(Base):
     content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary)
 
     __table_args__ = (sa.Index(None, "collection_id", "space_id", "content_hash"),)
+
+
+class OutdatedCollectionRow(Base):
+    """A collection whose searches find a replaced chunk by its old vector until it has its new one."""
+
+    __tablename__ = "outdated_collections"
+
+    collection_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("collections.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
+class OutdatedChunkRow(Base):
+    """What a chunk was when it last had a vector. Triggers write it, and it is read while the chunk has none."""
+
+    __tablename__ = "outdated_chunks"
+
+    collection_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    chunk_id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    space_id: Mapped[int] = mapped_column(sa.Integer)
+    text: Mapped[str] = mapped_column(sa.Text)
+    embedding: Mapped[Any] = mapped_column(VECTOR())
+    truncated: Mapped[bool] = mapped_column(sa.Boolean)
+    replaced_at: Mapped[datetime] = mapped_column(TIMESTAMP)
 
 
 class KeywordIndexRow(Base):

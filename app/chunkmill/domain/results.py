@@ -159,6 +159,9 @@ class SearchHit(PrintedResult):
     """The score from 0.0 to 1.0 by which a hybrid search ordered its hits; None if ``score`` ordered them."""
     bridge: str | None = None
     """The model that the query was embedded with, if a bridge carried it into the collection's space; else None."""
+    outdated: bool = False
+    """The chunk was replaced and waits for its new vector: ``text`` and ``score`` are those of its old text, and
+    ``metadata`` are the new ones. Only a collection that is set so has such hits (:meth:`Client.outdated`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,16 @@ class Keywords(PrintedResult):
     """About how many texts have keywords."""
     bytes: int
     """How many bytes they take on disk, with their index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outdated(PrintedResult):
+    """Whether searches of a collection find replaced chunks by their old vectors, and how many they find so now."""
+
+    collection: str
+    is_served: bool
+    waiting: int
+    """Replaced chunks that have no new vector yet and are found by the old one."""
 
 
 @dataclass(frozen=True, slots=True)

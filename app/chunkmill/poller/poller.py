@@ -30,7 +30,7 @@ from chunkmill.poller.paid import ProviderRounds
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, names, registry
-from chunkmill.store import searches
+from chunkmill.store import outdated, searches
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 
@@ -46,6 +46,8 @@ FILES_SECONDS = 60.0
 """Time between two looks for files of served batches that have expired."""
 COUNTS_SECONDS = 600.0
 """Time between two times that old counts of searches are put together."""
+OUTDATED_SECONDS = 60.0
+"""Time between two times that copies of old texts and vectors are deleted which no search reads any more."""
 SPENDS_SECONDS = 10.0
 """Time between two times that what keys have reserved is replaced by the bill."""
 SPENDS_AGAIN_SECONDS = 600.0
@@ -95,6 +97,7 @@ class Poller:
         self._views_at = -math.inf
         self._files_at = -math.inf
         self._counts_at = -math.inf
+        self._outdated_at = -math.inf
         self._minute_at = -math.inf
         self._spends_at = -math.inf
         self._spends_again_at = -math.inf
@@ -167,6 +170,7 @@ class Poller:
         step("the files that have expired", self._delete_expired_files)
         step("the collections that were dropped", self._clean_up_collections)
         step("the counts of old searches", self._tidy_counts)
+        step("what replaced chunks were", self._tidy_outdated)
         step("the minute of the engines", self._write_minute)
         step("the dollars of keys", self._settle_spends)
         rung = step("the ringing of doorbells", self._ring) or 0
@@ -246,6 +250,13 @@ class Poller:
                 searches.tidy(conn)
                 minutes.delete_old(conn)
             self._counts_at = time.monotonic() + COUNTS_SECONDS
+
+    def _tidy_outdated(self) -> None:
+        """Once a minute delete what replaced chunks were that have their new vectors by now."""
+        if time.monotonic() >= self._outdated_at:
+            with self._db.begin() as conn:
+                is_more = outdated.tidy(conn) >= outdated.SLICE
+            self._outdated_at = -math.inf if is_more else time.monotonic() + OUTDATED_SECONDS
 
     def _write_minute(self) -> None:
         """Once a minute write down what the engines did, from which `status --plot` draws the padding."""

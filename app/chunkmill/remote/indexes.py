@@ -9,8 +9,9 @@ from chunkmill.domain.arguments import as_number, as_seconds, as_text, as_usd, a
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.results import Index, Keywords, SearchCounts, SearchTuning
+from chunkmill.domain.results import Index, Keywords, Outdated, SearchCounts, SearchTuning
 from chunkmill.domain.spaces import Precision
+from chunkmill.errors import InvalidInput
 from chunkmill.remote.asking import RemoteCalls
 from chunkmill.remote.collections import path_of
 from chunkmill.remote.reading import parse, parse_object, read, read_list
@@ -65,6 +66,17 @@ class Indexes(RemoteCalls):
 
         query = {"hours": str(as_seconds("hours", hours))}
         return self._get(path_of(collection, "searches"), reader, query=query)
+
+    def outdated(self, collection: str, *, serve: bool | None = None) -> Steps[Outdated]:
+        """Whether searches find a replaced chunk by its old vector until it has its new one, as
+        :meth:`Client.outdated` says, which describes the argument. Raises what that raises."""
+        require_name("collection", collection)
+        path = path_of(collection, "outdated")
+        if serve is None:
+            return self._get(path, lambda answer: read(Outdated, parse(answer)))
+        if not isinstance(serve, bool):
+            raise InvalidInput(f"serve is {serve!r}; it must be True or False, or None to change nothing.")
+        return self._get_lasting(path, lambda answer: read(Outdated, parse(answer)), {"serve": serve})
 
     def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> Steps[SearchTuning]:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose, as

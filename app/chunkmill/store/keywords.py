@@ -84,6 +84,8 @@ class Candidate:
     chunk_id: str
     cosine: float
     keyword: float
+    outdated: SearchHit | None = None
+    """The hit, if the chunk has only its old vector."""
 
 
 def are_kept(conn: sa.Connection) -> bool:
@@ -587,7 +589,10 @@ def candidates(
         terms = read_terms(conn, index, text)
         by_keywords = find_by_keywords(conn, index, space, terms, most=most, condition=condition, parameters=parameters)
         ids = list(dict.fromkeys([*(hit.chunk_id for hit in nearest), *by_keywords]))
-        return score_both(conn, index, space, query, terms, ids)
+        both = score_both(conn, index, space, query, terms, ids)
+        # A chunk that has only its old vector gets the keyword score of its old text.
+        old = [hit for hit in nearest if hit.outdated]
+        return both + [Candidate(hit.chunk_id, hit.score, score_text(conn, index, terms, hit.text), hit) for hit in old]
     except sa.exc.ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
             raise StoreUnavailable("the keywords of the collection were dropped meanwhile. Search again.") from None
@@ -614,9 +619,12 @@ def _hits(
         JOIN {space.table_name} v ON v.content_hash = c.content_hash
     """
     parameters = {"ids": [candidate.chunk_id for candidate, _ in best], "collection": index.collection_id}
-    rows = {row.chunk_id: row for row in conn.execute(sa.text(query), parameters)}
+    hits = {
+        row.chunk_id: SearchHit(0.0, row.chunk_id, row.text, row.metadata, row.truncated)
+        for row in conn.execute(sa.text(query), parameters)
+    }
     return [
-        SearchHit(candidate.cosine, row.chunk_id, row.text, row.metadata, row.truncated, candidate.keyword, mixed_score)
+        replace(hit, score=candidate.cosine, keyword=candidate.keyword, mixed=mixed_score)
         for candidate, mixed_score in best
-        if (row := rows.get(candidate.chunk_id))
+        if (hit := candidate.outdated or hits.get(candidate.chunk_id))
     ]

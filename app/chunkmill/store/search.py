@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import shlex
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from chunkmill.domain.serving import Segment, SegmentKind
 from chunkmill.errors import NotFound
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
-from chunkmill.store import read, segments
+from chunkmill.store import outdated, read, segments
 from chunkmill.store.segments import ServingIndex
 from chunkmill.system.numbers import NDArray, np
 
@@ -170,8 +171,8 @@ def search_all(
             because = f"{because}, and {said}."
             if passing is not None:
                 index, because = None, f"Only {passing.n:,} chunks pass the filter."
-    asked = replace(asked, share=share)
-    lists = [asked.nearest(query, end, wanted, index, passing, because, explain) for query in queries]
+    asked = replace(asked, share=share, has_outdated=outdated.is_served(conn, collection_id))
+    lists = [asked.with_outdated(query, end, wanted, index, passing, because, explain) for query in queries]
     return [
         Hits([hit for hit in hits if hit.chunk_id != without][offset or 0 :][:k], hits.explanation) for hits in lists
     ]
@@ -186,10 +187,14 @@ def see_one_moment(conn: sa.Connection) -> None:
 
 
 def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_id: str) -> NDArray[np.float32]:
-    """The stored vector of a chunk, ``(d,)`` float32. Raises :class:`NotFound` if there is none, and says why."""
+    """The stored vector of a chunk, ``(d,)`` float32: its old one if searches find it by that. Raises :class:`NotFound`
+    if there is none, and says why."""
     stored = read.read_vectors(conn, space, collection_id=collection.id, chunk_ids=[chunk_id])
     if chunk_id in stored:
         return stored[chunk_id]
+    old = outdated.vector_of(conn, space, collection, chunk_id)
+    if old is not None:
+        return old
     query = "SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :collection AND chunk_id = :id)"
     if conn.execute(sa.text(query), {"collection": collection.id, "id": chunk_id}).scalar_one():
         raise NotFound(
@@ -236,6 +241,39 @@ class _CallContext:
     parameters: dict[str, object]
     share: float = 1.0
     """About what share of the collection passes the filter."""
+    has_outdated: bool = False
+    """Replaced chunks are found by their old vectors until they have their new ones."""
+
+    def with_outdated(
+        self,
+        query: NDArray[np.float32],
+        k: int,
+        wanted: int,
+        index: ServingIndex | None,
+        passing: _PassingChunks | None,
+        because: str,
+        explain: bool,
+    ) -> Hits:
+        """:meth:`nearest`, and among them the chunks that have only an old vector, if the collection is set so."""
+        hits = self.nearest(query, k, wanted, index, passing, because, explain)
+        if not self.has_outdated:
+            return hits
+        old = outdated.nearest(
+            self.conn,
+            self.space,
+            query=_written(query),
+            collection_id=int(str(self.parameters["collection"])),
+            k=k,
+            filtered=self.filtered,
+            parameters=self.parameters,
+        )
+        plan = hits.explanation
+        if plan and old:
+            plan = replace(
+                plan, because=f"{plan.because} Chunks that wait for a new vector were compared by the old one."
+            )
+        # Both lists are in this order, and no chunk is in both.
+        return Hits(heapq.merge(hits, old, key=lambda hit: (-hit.score, hit.chunk_id)), plan)
 
     def nearest(
         self,
@@ -248,7 +286,7 @@ class _CallContext:
         explain: bool,
     ) -> Hits:
         """The ``k`` nearest: the first ``wanted`` through ``index``, if it is given, and the others exactly."""
-        parameters = self.parameters | {"query": "[" + ",".join(map(repr, _direction(query).tolist())) + "]"}
+        parameters = self.parameters | {"query": _written(query)}
         head = Hits()
         if index is not None:
             head = self._through_segments(parameters, wanted, index, because, explain)
@@ -405,6 +443,11 @@ class _CallContext:
         first = rows[0]
         spread = _spread(first.judged, first.cosine, first.length)
         return _NearestHits(hits, first.compared, spread, int(str(parameters.get("beam", 0))))
+
+
+def _written(query: NDArray[np.float32]) -> str:
+    """The direction of the query as Postgres reads a vector."""
+    return "[" + ",".join(map(repr, _direction(query).tolist())) + "]"
 
 
 def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -65,6 +65,13 @@ PIECES: dict[str, dict[str, str]] = {
         "_MAY_FLUSH if builder is BuilderKind.FLUSH else _MAY_MERGE": "both builders must agree about all the rest",
     },
     "app/chunkmill/store/keywords.py": {"condition": A_FILTER, "score": "a query has as many terms as it has words"},
+    "app/chunkmill/store/outdated.py": {
+        "filtered": A_FILTER,
+        **dict.fromkeys(
+            ("_waiting(space, filtered)", "_waiting(space, '')", "_waiting(space, 'AND c.chunk_id = :id')"),
+            "what is found, counted and taken as a query must be the same chunks",
+        ),
+    },
     "app/chunkmill/store/read.py": {
         "hashes": "two libraries run it, which write parameters in two ways",
         "space_id": "two libraries run it, which write parameters in two ways",

@@ -1,4 +1,4 @@
-"""`collections`: list, `drop`, `rename`, `alias`, `unalias`."""
+"""`collections`: list, `drop`, `rename`, `alias`, `unalias`, `outdated`."""
 
 from __future__ import annotations
 
@@ -133,6 +133,37 @@ def unalias(screen: Screen, alias: str) -> None:
         screen.document({"alias": alias, "collection": None})
     else:
         screen.say(f"{alias!r} is an alias no longer.")
+
+
+@collections.command()
+@click.argument("collection")
+@click.option(
+    "--serve/--hide",
+    default=None,
+    help="Find replaced chunks by their old vectors from now on, or stop that. Without it nothing is changed.",
+)
+@json_option
+@click.pass_obj
+def outdated(screen: Screen, collection: str, serve: bool | None) -> None:
+    """Say whether searches find a replaced chunk by its old text until its new text is embedded.
+
+    By default such a chunk cannot be found until a worker has embedded its new text. A hit that shows an old text is
+    marked.
+    """
+    with Client.from_env() as client:
+        made = client.outdated(collection, serve=serve)
+    if screen.json:
+        screen.document(asdict(made))
+    elif made.is_served:
+        screen.say(
+            f"Searches of {made.collection!r} find a replaced chunk by its old text until its new text is embedded. "
+            f"{count(made.waiting, 'chunk')} {'is' if made.waiting == 1 else 'are'} found so now."
+        )
+    else:
+        screen.say(
+            f"Searches of {made.collection!r} do not find a replaced chunk until its new text is embedded. "
+            "With --serve they find it by its old text."
+        )
 
 
 def _confirmed(screen: Screen, client: Client, name: str) -> bool:

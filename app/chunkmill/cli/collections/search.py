@@ -268,10 +268,11 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     for hit in hits:
         cut = [("  (cut)", "yellow")] if hit.truncated else []
         mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
-        used = 8 + cell_len(hit.chunk_id) + (13 if mixed else 0) + (7 if cut else 0)
+        old = [("  (old text)", "yellow")] if hit.outdated else []
+        used = 8 + cell_len(hit.chunk_id) + (13 if mixed else 0) + (7 if cut else 0) + (12 if old else 0)
         room = screen.out.width - used - 2 if screen.out.is_terminal else HEADING
         place = [(f"  {where}", "dim")] if (where := _place(hit, room)) else []
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut, *place, indent=8)
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut, *old, *place, indent=8)
         # A chunk that was cut often begins with a heading or the end of a sentence, so all of it is one paragraph here.
         text = " ".join(hit.text[: 8 * width].split()) if "document" in hit.metadata else hit.text
         screen.say(" " * 8, beginning(text, width))
@@ -280,6 +281,8 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
             "(cut): the text is longer than the model reads, so its end counted for nothing. "
             "To find that too, enqueue it with --chunk: docs/documents.md"
         )
+    if any(hit.outdated for hit in hits):
+        screen.say("(old text): the chunk was replaced, and its new text is not embedded yet.")
 
 
 def _place(hit: SearchHit, room: int) -> str:

@@ -35,6 +35,7 @@ from chunkmill.domain.results import (
     Index,
     Job,
     Keywords,
+    Outdated,
     RetriedDead,
     SearchCounts,
     SearchTuning,
@@ -512,6 +513,21 @@ class AsyncVerbs(RunningCalls):
         Raises :class:`NotFound` and :class:`InvalidInput`.
         """
         return await self._short(self._client.search_counts, collection, hours=hours)
+
+    async def outdated(self, collection: str, *, serve: bool | None = None) -> Outdated:
+        """Whether searches find a replaced chunk by its old vector until it has its new one.
+
+        By default they do not: a chunk whose text was replaced cannot be found until a worker has embedded the new
+        text. With ``serve=True`` a chunk that is replaced from then on is found by its old vector and shown with its
+        old text, and ``outdated`` of the hit says so. Its metadata are the new ones, which filters look at. From the
+        commit that writes the new vector on, the chunk is found by that; a chunk that is deleted is not found at all.
+        Old texts and vectors are copied for as long as that takes, and each search compares its query with all of
+        them. Keywords find new texts only. ``serve=False`` ends it and deletes the copies.
+
+        Raises :class:`NotFound`, and :class:`StoreUnavailable` if writers held the chunks for 10 s when the first
+        collection was set so.
+        """
+        return await self._short(self._client.outdated, collection, serve=serve)
 
     async def bridge(
         self,

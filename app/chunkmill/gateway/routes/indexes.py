@@ -1,4 +1,4 @@
-"""What searches of a collection need: its serving index and its keywords. And how its searches went."""
+"""What searches of a collection need and find: its serving index, its keywords, outdated chunks. And how they went."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chunkmill.domain.results import Index, Keywords, SearchCounts
+from chunkmill.domain.results import Index, Keywords, Outdated, SearchCounts
 from chunkmill.gateway import seen
 from chunkmill.gateway.asked import Query, read_optional, wrong
 from chunkmill.gateway.caller import Caller, Scope
@@ -37,6 +37,17 @@ KEYWORDS: Schema = {
         }
     },
     "required": ["language"],
+    "additionalProperties": False,
+}
+OUTDATED: Schema = {
+    "type": "object",
+    "properties": {
+        "serve": {
+            "type": "boolean",
+            "description": f"Whether replaced chunks are found by their old vectors from now on. {_LONG}",
+        }
+    },
+    "required": ["serve"],
     "additionalProperties": False,
 }
 COUNTED: dict[str, Schema] = {
@@ -72,6 +83,20 @@ async def drop_keywords(gateway: Gateway, request: Request, caller: Caller) -> R
     Query(request, ())
     named = await seen.collection_in_path(gateway, request, caller)
     return answer({"dropped": await gateway.client.drop_keywords(named.name)})
+
+
+async def outdated(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    Query(request, ())
+    named = await seen.collection_in_path(gateway, request, caller)
+    return answer(await gateway.client.outdated(named.name))
+
+
+async def serve_outdated(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    named = await seen.collection_in_path(gateway, request, caller)
+    serve = (await read_optional(request, BODY_BYTES, OUTDATED["properties"])).get("serve")
+    if not isinstance(serve, bool):
+        raise wrong("serve", "it must be true or false")
+    return await lasting(gateway, gateway.client.outdated(named.name, serve=serve))
 
 
 async def search_counts(gateway: Gateway, request: Request, caller: Caller) -> Response:
@@ -127,6 +152,23 @@ ENDPOINTS = [
         Scope.ADMIN,
         "Delete the keywords of a collection. Its searches then go by vectors alone.",
         answer=object_of(dropped={"type": "boolean"}),
+    ),
+    Endpoint(
+        "GET",
+        _PATH + "/outdated",
+        outdated,
+        Scope.SEARCH,
+        "Whether searches find replaced chunks by their old vectors until they have their new ones.",
+        answer=schema_of(Outdated),
+    ),
+    Endpoint(
+        "POST",
+        _PATH + "/outdated",
+        serve_outdated,
+        Scope.ADMIN,
+        "Let searches find replaced chunks by their old vectors, or end that.",
+        body=OUTDATED,
+        answer=schema_of(Outdated),
     ),
     Endpoint(
         "GET",

@@ -1,0 +1,130 @@
+"""What replaced chunks were: their old texts and vectors, by which they are found until they have their new vectors.
+
+Triggers of migration 0033 copy them in the commit that replaces a chunk, in collections that are set so. From the
+commit that writes the new vector on, a copy is not read any more, and a poller deletes it.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import psycopg
+import sqlalchemy as sa
+
+from chunkmill.domain.results import SearchHit
+from chunkmill.errors import StoreUnavailable
+from chunkmill.spaces.collections import Collection
+from chunkmill.spaces.registry import Space
+from chunkmill.system.numbers import NDArray, np
+
+PATIENCE_S = 10
+"""How many seconds the creation of the triggers waits for transactions that write."""
+SLICE = 5_000
+"""How many copies of a collection a poller deletes in one transaction."""
+
+_with_outdated: WeakSet[sa.Engine] = WeakSet()
+"""The databases whose schema is known to have the tables."""
+
+
+def are_kept(conn: sa.Connection) -> bool:
+    """False on the schema of an earlier release, on which this code runs too during an upgrade."""
+    query = "SELECT to_regclass(quote_ident(current_schema()) || '.outdated_chunks') IS NOT NULL"
+    return bool(conn.execute(sa.text(query)).scalar_one())
+
+
+def serve(conn: sa.Connection, collection_id: int, *, wanted: bool) -> None:
+    """From this commit on keep what chunks were when they are replaced, or forget it.
+
+    Raises :class:`StoreUnavailable` on the schema of an earlier release, and if transactions that write never paused,
+    so that the triggers could not be created.
+    """
+    if not are_kept(conn):
+        raise StoreUnavailable("the database has no tables for outdated chunks yet. Run: chunkmill migrate")
+    conn.execute(sa.text(f"SET LOCAL lock_timeout = '{PATIENCE_S}s'"))
+    try:
+        call = "SELECT serve_outdated_chunks(:collection, :wanted)"
+        conn.execute(sa.text(call), {"collection": collection_id, "wanted": wanted})
+    except sa.exc.OperationalError as error:
+        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            raise StoreUnavailable(
+                f"writers held the chunks for {PATIENCE_S} s, so nothing was changed. Make the call again."
+            ) from None
+        raise
+
+
+def is_served(conn: sa.Connection, collection_id: int) -> bool:
+    """Whether searches of the collection find replaced chunks by their old vectors."""
+    query = "SELECT EXISTS (SELECT FROM outdated_collections o WHERE o.collection_id = :collection)"
+    if conn.engine in _with_outdated:
+        try:
+            return bool(conn.execute(sa.text(query), {"collection": collection_id}).scalar_one())
+        except sa.exc.ProgrammingError as error:
+            if isinstance(error.orig, psycopg.errors.UndefinedTable):
+                _with_outdated.discard(conn.engine)  # the schema was downgraded since
+            raise
+    if not are_kept(conn):
+        return False
+    _with_outdated.add(conn.engine)
+    return is_served(conn, collection_id)
+
+
+def count(conn: sa.Connection, space: Space, collection_id: int) -> int:
+    """How many chunks are found by their old vectors now."""
+    query = f"SELECT count(*) FROM {_waiting(space, '')}"
+    n: int = conn.execute(sa.text(query), {"collection": collection_id, "space": space.id}).scalar_one()
+    return n
+
+
+def nearest(
+    conn: sa.Connection,
+    space: Space,
+    *,
+    query: str,
+    collection_id: int,
+    k: int,
+    filtered: str,
+    parameters: dict[str, object],
+) -> list[SearchHit]:
+    """The ``k`` chunks whose old vectors are nearest to ``query``, a vector as a text of Postgres; best first.
+
+    Only chunks without a vector are among them. ``filtered`` is a condition on the chunk ``c``, with an AND before it
+    and its ``parameters``: the metadata are the new ones.
+    """
+    statement = f"""
+        SELECT 1 - (o.embedding <=> CAST(:query AS vector)) AS score, o.chunk_id, o.text, o.metadata, o.truncated
+        FROM {_waiting(space, filtered)}
+        ORDER BY o.embedding <=> CAST(:query AS vector), o.chunk_id
+        LIMIT :k
+    """
+    given = parameters | {"query": query, "collection": collection_id, "space": space.id, "k": k}
+    rows = conn.execute(sa.text(statement), given)
+    return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated, outdated=True) for r in rows]
+
+
+def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_id: str) -> NDArray[np.float32] | None:
+    """The old vector of a chunk that has no new one yet, ``(d,)`` float32; None if there is none."""
+    if not is_served(conn, collection.id):
+        return None
+    query = f"SELECT CAST(o.embedding AS real[]) FROM {_waiting(space, 'AND c.chunk_id = :id')}"
+    parameters = {"collection": collection.id, "space": space.id, "id": chunk_id}
+    values = conn.execute(sa.text(query), parameters).scalar_one_or_none()
+    return None if values is None else np.array(values, np.float32)
+
+
+def tidy(conn: sa.Connection) -> int:
+    """Delete copies that no search reads any more, some thousand of each collection. Returns how many were deleted."""
+    if not are_kept(conn):
+        return 0
+    n: int = conn.execute(sa.text("SELECT tidy_outdated_chunks(:most)"), {"most": SLICE}).scalar_one()
+    return n
+
+
+def _waiting(space: Space, filtered: str) -> str:
+    """The copies ``o`` of chunks that have no vector, with the chunks' metadata."""
+    return f"""(
+            SELECT o.chunk_id, o.text, c.metadata, o.truncated, o.embedding
+            FROM outdated_chunks o
+            JOIN chunks c ON c.collection_id = o.collection_id AND c.chunk_id = o.chunk_id
+            WHERE o.collection_id = :collection AND o.space_id = :space {filtered}
+              AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)
+        ) o"""
