@@ -480,6 +480,34 @@ def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tun
     assert (judged.used(other), judged.used(poor)) == (0, 0)
 
 
+def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(judged: Books) -> None:
+    """Of two keys and two models, with a text that is too long and a text that is there twice."""
+    first, second = (judged.key(name, ENOUGH, Scope.EMBED, Scope.SEARCH) for name in ("one", "two"))
+    models = {model["id"] for model in judged.ask(first, "GET", "/v1/models").json()["data"]}
+    assert MODEL in models
+    questions = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = 0"
+    before = Decimal(judged.corridor.one(questions))
+    texts = ["a short text", "word " * 9000, "a text that is there twice, and is sent once", "a short text"]
+
+    said = answered(judged.ask(first, "POST", "/v1/embeddings", json={"model": MODEL, "input": texts}))
+    charged = Decimal(judged.corridor.one(questions)) - before
+    tokens = judged.corridor.one("SELECT sum(tokens) FROM charges WHERE job_id = 0")
+    assert charged > 0
+    assert said["truncated"] == [1]
+    doubled = said["usage"]["total_tokens"] - tokens
+    assert 0 < doubled < 10
+    price = Decimal("0.02") / 1_000_000
+    until(lambda: judged.used(first) == charged + doubled * price, lambda: (judged.used(first), charged))
+    assert judged.used(second) == 0
+
+    body = {"query": "a question of the second key", "exact": True}
+    answered(judged.ask(second, "POST", "/v1/collections/docs/search", json=body))
+    asked = Decimal(judged.corridor.one(questions)) - before - charged
+    until(lambda: judged.used(second) > 0, lambda: judged.used(second))
+    assert asked > 0
+    assert judged.used(first) == charged + doubled * price
+
+
 @pytest.mark.parametrize("verb", ["tune-search", "judge"])
 def test_what_is_refused_before_a_query_is_embedded_costs_nothing(judged: Books, verb: str) -> None:
     """A collection without keywords is not tuned, and a re-embedding that has just begun is not judged."""
