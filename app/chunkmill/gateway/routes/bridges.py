@@ -14,7 +14,7 @@ from chunkmill.domain.bridges import Bridge, BridgeQuote
 from chunkmill.domain.costs import Spent
 from chunkmill.domain.spaces import Precision
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query
+from chunkmill.gateway.asked import Query, wrong
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
@@ -55,6 +55,8 @@ LISTED: dict[str, Schema] = {"collection": {"type": "string"}}
 async def learn(gateway: Gateway, request: Request, caller: Caller) -> Response:
     asked = await read_quotable(gateway, request, caller, LEARN, LEARN_S)
     name = asked.collection.name
+    if not isinstance(asked.body.get("compare_old", False), bool):
+        raise wrong("compare_old", "it must be true or false")
 
     async def learnt() -> Bridge | BridgeQuote:
         quote = await gateway.client.quote_bridge(name, **asked.body)
