@@ -63,7 +63,7 @@ SECTIONS = {
     "What comes back: collections": [
         "Hits", "SearchHit", "SearchPlan", "SearchCounts", "StoredChunk", "ChunkState", "Exported", "Audit", "Index",
         "CollectionInfo", "DroppedCollection", "Keywords", "Outdated", "GoldenQuery", "GoldenLoaded", "SearchTuning",
-        "Bridge", "BridgeTrial", "AdapterKind", "CollectionMap", "MapMethod", "Legend",
+        "Bridge", "BridgeTrial", "BridgeQuote", "AdapterKind", "CollectionMap", "MapMethod", "Legend",
     ],
     "What comes back: judged models": [
         "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote",
@@ -74,7 +74,8 @@ SECTIONS = {
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
-        "Lane", "Explanation", "RoutingStep", "OpenWork", "JobProviderBatch", "ProviderBatchState", "Abandoned",
+        "Spent", "Lane", "Explanation", "RoutingStep", "OpenWork", "JobProviderBatch", "ProviderBatchState",
+        "Abandoned",
     ],
     "What comes back: vectors of texts": [
         "EmbeddedTexts", "SpaceSpec", "Pooling", "Concatenated", "LongText", "QueryCache",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chunkmill.domain.bridges import AdapterKind, Bridge, BridgeTrial
+from chunkmill.domain.bridges import AdapterKind, Bridge, BridgeQuote, BridgeTrial
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
@@ -20,6 +20,7 @@ from chunkmill.domain.costs import (
     CostsBy,
     Estimate,
     LaneEstimate,
+    Spent,
 )
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
@@ -160,6 +161,7 @@ __all__ = [
     "Audit",
     "Batcher",
     "Bridge",
+    "BridgeQuote",
     "BridgeTrial",
     "Budget",
     "BudgetExceeded",
@@ -253,6 +255,7 @@ __all__ = [
     "ServedBy",
     "SpaceMismatch",
     "SpaceSpec",
+    "Spent",
     "Standing",
     "StoreLimit",
     "StoreUnavailable",

@@ -105,6 +105,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         )
     },
     "bridge": {"collection": "docs", "model": "all-MiniLM-L6-v2"},
+    "quote_bridge": {"collection": "docs", "model": "all-MiniLM-L6-v2"},
     "drop_bridge": {"collection": "docs", "name": "all-MiniLM-L6-v2"},
     "get": {"collection": "docs", "ids": ["a"]},
     "update_metadata": {"collection": "docs", "metadata": {"a": 1}, "ids": ["a"]},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,14 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from chunkmill import AdapterKind, Bridge, Client
+from chunkmill import AccessDenied, AdapterKind, Bridge, BridgeQuote, Client, Spent
 from chunkmill.bridge import fitting
 from chunkmill.cli.__main__ import cli
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import InvalidInput, NotFound, StoreUnavailable
+from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.models.locate import bundled_folder
 from chunkmill.settings import Settings
 from chunkmill.spaces import bridges, collections, registry, unused
@@ -28,6 +31,8 @@ from chunkmill.store.write import write_vectors
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.responder import EmbedResponder
+from tests.support.gateways import KEY, RunningGateway, running_gateway
+from tests.support.remotes import remote
 from tests.support.waiting import PATIENCE
 
 ANIMALS = ("cat", "dog", "horse", "whale", "sparrow", "beetle", "salmon", "frog")
@@ -327,6 +332,13 @@ def test_the_command_learns_lists_searches_and_drops(
         return result.output
 
     assert "no bridges" in run("bridge")
+    quoted = run("bridge", "learn", "docs", first_token, "--sample", "100", "--dry-run")
+    assert "texts to embed" in quoted
+    assert "Nothing was sent" in quoted
+    asked = json.loads(run("bridge", "learn", "docs", first_token, "--sample", "100", "--dry-run", "--json"))
+    quote = known.quote_bridge("docs", first_token, sample=100)
+    assert (asked["texts"], asked["tokens"], asked["queries"]) == (quote.texts, quote.tokens, 8)
+    assert known.bridges() == []
     said = run("bridge", "learn", "docs", first_token, "--sample", "100", "--compare-old")
     assert "full re-embedding" in said
     assert "8 golden queries" in said
@@ -335,3 +347,142 @@ def test_the_command_learns_lists_searches_and_drops(
     assert (listed["name"], listed["queries"]) == (first_token, 8)
     assert "through the bridge" in run("search", "a cat", "-c", "docs", "--bridge", first_token)
     assert json.loads(run("bridge", "drop", "docs", first_token, "--json"))["dropped"] is True
+
+
+SEEN = {
+    "cmk_docs": Caller(1, "docs", "one", frozenset({Scope.ADMIN}), collections=frozenset({"docs"})),
+    "cmk_others": Caller(2, "others", "two", frozenset({Scope.ADMIN}), collections=frozenset({"others"})),
+    "cmk_search": Caller(3, "search", "one", frozenset({Scope.SEARCH})),
+    "cmk_of_model": Caller(4, "model", "one", frozenset({Scope.ADMIN}), models=frozenset({"all-MiniLM-L6-v2"})),
+    KEY: Caller(None, "everything", "one", frozenset(Scope)),
+}
+
+
+class Ring:
+    async def caller(self, key: str) -> Caller | None:
+        return SEEN.get(key)
+
+    async def close(self) -> None:
+        """It holds nothing."""
+
+
+@pytest.fixture
+def running(known: Client) -> Iterator[RunningGateway]:
+    with running_gateway(known._settings, keys=Ring()) as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_bridge_over_http_is_that_of_a_client(
+    known: Client, running: RunningGateway, first_token: str, kind: str
+) -> None:
+    asked: dict[str, Any] = {"sample": 100, "queries": 6, "compare_old": True}
+    with remote(kind, running.url, running.key) as client:
+        quote = client.quote_bridge("docs", first_token, **asked)
+        assert quote == known.quote_bridge("docs", first_token, **asked)
+        assert isinstance(quote, BridgeQuote)
+        assert (quote.queries, quote.to_embed, quote.usd, client.bridges()) == (6, 0, 0, [])
+        assert quote.tokens > 6
+
+        made = client.bridge("docs", first_token, max_usd="0.5", timeout=PATIENCE, **asked)
+
+        assert [made] == known.bridges() == client.bridges() == client.bridges("docs")
+        assert (made.collection, made.queries, made.embedded, made.old_ndcg is None) == ("docs", 6, 0, False)
+        assert replace(known.bridge("docs", first_token, timeout=PATIENCE, **asked), created_at=made.created_at) == made
+        of_others = known.bridge("others", first_token, queries=4, timeout=PATIENCE)
+        assert [one.collection for one in client.bridges()] == ["docs", "others"]
+        assert client.bridges("others") == [of_others]
+
+        through: dict[str, Any] = {"collection": "docs", "k": 3, "bridge": first_token, "timeout": PATIENCE}
+        hits = client.search("a cat that sleeps", **through)
+        assert hits == known.search("a cat that sleeps", **through)
+        assert {hit.bridge for hit in hits} == {first_token}
+        assert hits != client.search("a cat that sleeps", collection="docs", k=3, timeout=PATIENCE)
+
+        assert client.drop_bridge("docs", first_token) is True
+        assert client.drop_bridge("docs", first_token) is False
+        assert known.bridges() == client.bridges() == [of_others]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_a_client_refuses_is_refused_over_http_with_the_same_error(
+    known: Client, running: RunningGateway, first_token: str, kind: str
+) -> None:
+    refused: list[tuple[type[Exception], str, Callable[[Any], Any]]] = [
+        (InvalidInput, "needs no bridge", lambda one: one.bridge("docs", "all-MiniLM-L6-v2", timeout=PATIENCE)),
+        (InvalidInput, "needs no bridge", lambda one: one.quote_bridge("docs", "all-MiniLM-L6-v2")),
+        (InvalidInput, "sample is 31", lambda one: one.bridge("docs", first_token, sample=31, timeout=PATIENCE)),
+        (InvalidInput, "queries is 1", lambda one: one.quote_bridge("docs", first_token, queries=1)),
+        (InvalidInput, "max_usd", lambda one: one.bridge("docs", first_token, max_usd="a lot", timeout=PATIENCE)),
+        (InvalidInput, "session", lambda one: one.search("x", collection="docs", bridge="b", session="s")),
+        (InvalidInput, "like", lambda one: one.search(like="cat-0-0", collection="docs", bridge=first_token)),
+        (NotFound, "absent", lambda one: one.bridge("absent", first_token, timeout=PATIENCE)),
+        (NotFound, "absent", lambda one: one.quote_bridge("absent", first_token)),
+        (NotFound, "absent", lambda one: one.bridges("absent")),
+        (NotFound, "absent", lambda one: one.drop_bridge("absent", first_token)),
+        (NotFound, "has no bridge", lambda one: one.search("x", collection="docs", bridge=first_token)),
+    ]
+    with remote(kind, running.url, running.key) as client:
+        for error, words, call in refused:
+            for one in (known, client):
+                with pytest.raises(error, match=words):
+                    call(one)
+    for body in ({"sample_size": 99}, {"model": None}, {"dry_run": "yes"}, {"compare_old": "no"}, {"timeout_s": -1}):
+        answer = running.http.post("/v1/collections/docs/bridges", json={"model": first_token, **body})
+        assert (answer.status_code, next(iter(body)) in answer.text) == (400, True)
+    assert running.http.post("/v1/collections/docs/bridges").status_code == 400
+    assert running.http.delete("/v1/collections/docs/bridges").status_code == 400
+    assert running.http.post("/v1/collections/docs/search", json={"query": "x", "bridge": 1}).status_code == 400
+    assert known.bridges() == []
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_key_learns_lists_and_drops_bridges_only_of_what_it_may_see_and_use(
+    known: Client, running: RunningGateway, first_token: str, kind: str
+) -> None:
+    of_docs = known.bridge("docs", first_token, timeout=PATIENCE)
+    of_others = known.bridge("others", first_token, queries=4, timeout=PATIENCE)
+    mine = {"cmk_docs": ("docs", of_docs), "cmk_others": ("others", of_others)}
+    for key, (name, bridge) in mine.items():
+        hidden = "others" if name == "docs" else "docs"
+        with remote(kind, running.url, key) as client:
+            assert client.bridges() == client.bridges(name) == [bridge]
+            assert client.quote_bridge(name, first_token).collection == name
+            for verb in ("bridges", "quote_bridge", "bridge", "drop_bridge"):
+                given = () if verb == "bridges" else (first_token,)
+                with pytest.raises(NotFound, match=f"no collection '{hidden}'"):
+                    getattr(client, verb)(hidden, *given)
+            with pytest.raises(NotFound, match=f"no collection '{hidden}'"):
+                client.search("x", collection=hidden, bridge=first_token)
+    with remote(kind, running.url, "cmk_search") as client:
+        assert client.bridges() == [of_docs, of_others]
+        for verb in ("quote_bridge", "bridge", "drop_bridge"):
+            with pytest.raises(AccessDenied):
+                getattr(client, verb)("docs", first_token)
+    with remote(kind, running.url, "cmk_of_model") as client:
+        assert client.search("x", collection="docs", k=1, timeout=PATIENCE)
+        for verb in ("quote_bridge", "bridge"):
+            with pytest.raises(AccessDenied):
+                getattr(client, verb)("docs", first_token)
+        with pytest.raises(AccessDenied):
+            client.search("x", collection="docs", bridge=first_token, timeout=PATIENCE)
+    assert known.bridges() == [of_docs, of_others]
+
+
+def test_queries_with_the_same_text_are_embedded_and_counted_once(
+    known: Client, db: sa.Engine, first_token: str
+) -> None:
+    with db.begin() as conn:
+        again = [GoldenQuery(f"again-{query.id}", query.text, query.relevant) for query in QUERIES]
+        once = known.quote_bridge("docs", first_token, compare_old=True)
+        golden.add(conn, collections.find(conn, "docs").id, again)
+    told: list[Spent] = []
+
+    bridge = known.bridge("docs", first_token, compare_old=True, on_progress=told.append, timeout=PATIENCE)
+
+    quote = known.quote_bridge("docs", first_token, compare_old=True)
+    assert (once.queries, quote.queries, bridge.queries) == (8, 16, 16)
+    assert once.tokens == quote.tokens
+    assert [spent.texts for spent in told] == [8, 8, 16, 16]
+    assert told[0].tokens == quote.tokens / 2
+    assert {spent.usd for spent in told} == {0}

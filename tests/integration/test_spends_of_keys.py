@@ -17,13 +17,16 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
+from chunkmill.bridge import fitting
 from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
+from chunkmill.client import bridges as client_bridges
 from chunkmill.client.spool import Spool
 from chunkmill.domain.chunks import prepare_or_skip
+from chunkmill.domain.costs import Spent
 from chunkmill.domain.embedded import estimated_tokens
 from chunkmill.domain.keys import KeyLimits, Scope
-from chunkmill.errors import EngineError, InvalidChunk
+from chunkmill.errors import BudgetExceeded, EngineError, InvalidChunk
 from chunkmill.gateway.keys import StoredKeys
 from chunkmill.ledger.access import keys, spends
 from chunkmill.ledger.reembedding import fill
@@ -35,7 +38,7 @@ from tests.support.corridor_scene import Scene
 from tests.support.gateways import RunningGateway, running_gateway
 from tests.support.paid_ledger import LARGE
 from tests.support.served import ended, line, openai_client, start
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 ENOUGH = Decimal("0.01")
 Row = dict[str, Any]
@@ -390,15 +393,18 @@ def test_a_spool_gives_bad_chunks_back_from_its_file_and_can_be_looked_at_before
         assert shown(spool) == wanted
 
 
+def store(books: Books, name: str, n: int) -> None:
+    """Make a collection of texts with titles, all of which have a vector."""
+    texts = [f"A title of number {i} in {name}\nWhat number {i} says of all the things in {name}." for i in range(n)]
+    books.run(job_of(books.enqueue(books.key(f"filler of {name}", None), name, texts)))
+
+
 @pytest.fixture
 def judged(books: Books) -> Iterator[Books]:
     """Two collections with golden queries and keywords, whose texts have vectors. A worker answers questions."""
     client = books.corridor.client
     for name in ("docs", "notes"):
-        texts = [
-            f"A title of number {i} in {name}\nWhat number {i} says of all the things in {name}." for i in range(6)
-        ]
-        books.run(job_of(books.enqueue(books.key(f"filler of {name}", None), name, texts)))
+        store(books, name, 6)
         client.keywords(name, language="simple")
         assert client.golden(name).from_titles(6)
     answering = ProviderResponder(books.corridor.context)
@@ -445,6 +451,17 @@ def test_a_comparison_costs_the_key_that_asked_for_it_what_was_quoted(judged: Bo
     assert Decimal(judged.corridor.one(questions)) == before + usd["docs"]
 
 
+def test_a_comparison_that_is_dearer_than_its_limit_costs_nothing(judged: Books) -> None:
+    """And it is not begun."""
+    key, asked = judged.key("one", ENOUGH, Scope.ADMIN), {"model": LARGE, "dimensions": 8, "max_usd": "0.0000001"}
+    questions = judged.corridor.one("SELECT sum(contents) FROM charges")
+    for _ in range(2):  # the reservation of the second one writes what the first one gave back
+        answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json=asked)
+        assert "and max_usd is" in answer.json()["error"]["message"]
+    until(lambda: judged.used(key) == 0, lambda: judged.used(key))
+    assert judged.corridor.one("SELECT sum(contents) FROM charges") == questions
+
+
 def test_a_comparison_that_fails_counts_for_its_key_all_the_same(
     judged: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +497,34 @@ def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tun
     assert (judged.used(other), judged.used(poor)) == (0, 0)
 
 
+def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(judged: Books) -> None:
+    """Of two keys and two models, with a text that is too long and a text that is there twice."""
+    first, second = (judged.key(name, ENOUGH, Scope.EMBED, Scope.SEARCH) for name in ("one", "two"))
+    models = {model["id"] for model in judged.ask(first, "GET", "/v1/models").json()["data"]}
+    assert MODEL in models
+    questions = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = 0"
+    before = Decimal(judged.corridor.one(questions))
+    texts = ["a short text", "word " * 9000, "a text that is there twice, and is sent once", "a short text"]
+
+    said = answered(judged.ask(first, "POST", "/v1/embeddings", json={"model": MODEL, "input": texts}))
+    charged = Decimal(judged.corridor.one(questions)) - before
+    tokens = judged.corridor.one("SELECT sum(tokens) FROM charges WHERE job_id = 0")
+    assert charged > 0
+    assert said["truncated"] == [1]
+    doubled = said["usage"]["total_tokens"] - tokens
+    assert 0 < doubled < 10
+    price = Decimal("0.02") / 1_000_000
+    until(lambda: judged.used(first) == charged + doubled * price, lambda: (judged.used(first), charged))
+    assert judged.used(second) == 0
+
+    body = {"query": "a question of the second key", "exact": True}
+    answered(judged.ask(second, "POST", "/v1/collections/docs/search", json=body))
+    asked = Decimal(judged.corridor.one(questions)) - before - charged
+    until(lambda: judged.used(second) > 0, lambda: judged.used(second))
+    assert asked > 0
+    assert judged.used(first) == charged + doubled * price
+
+
 @pytest.mark.parametrize("verb", ["tune-search", "judge"])
 def test_what_is_refused_before_a_query_is_embedded_costs_nothing(judged: Books, verb: str) -> None:
     """A collection without keywords is not tuned, and a re-embedding that has just begun is not judged."""
@@ -510,3 +555,164 @@ def test_the_queries_of_a_judgement_cost_the_key_that_asked_for_it_in_both_space
     usd = sum(estimated_tokens(query.text) for query in queries) * (Decimal("0.02") + Decimal("0.13")) / 1_000_000
     until(lambda: judged.used(asking) == usd > 0, lambda: (judged.used(asking), usd))
     assert judged.used(other) == 0
+
+
+BRIDGE = "/v1/collections/docs/bridges"
+LEARNT = {"model": LARGE, "dimensions": 8, "compare_old": True}
+QUESTIONS = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = 0"
+
+
+@pytest.fixture
+def bridgeable(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
+    """Two collections with enough texts to learn a bridge from. A worker answers questions."""
+    for name, few in {"EPOCHS": 1, "HIDDEN": 4, "RIDGES": (10.0,), "RANKS": (4,)}.items():
+        monkeypatch.setattr(fitting, name, few)
+    monkeypatch.setattr(client_bridges, "WINDOW", 20)
+    for name in ("docs", "notes"):
+        store(books, name, 48)
+    answering = ProviderResponder(books.corridor.context)
+    answering.start()
+    yield books
+    answering.stop()
+
+
+def test_a_bridge_costs_the_key_that_asked_for_it_what_was_quoted_in_both_spaces(bridgeable: Books) -> None:
+    rich, other = (bridgeable.key(name, ENOUGH, Scope.ADMIN) for name in ("rich", "other"))
+    quote = answered(bridgeable.ask(rich, "POST", BRIDGE, json={**LEARNT, "dry_run": True}))
+    alone = answered(bridgeable.ask(rich, "POST", BRIDGE, json={**LEARNT, "compare_old": False, "dry_run": True}))
+    usd = Decimal(quote["usd"])
+    assert (quote["queries"], quote["texts"], quote["to_embed"]) == (12, 48, 48)
+    assert usd > Decimal(alone["usd"]) > 0
+    assert quote["tokens"] > alone["tokens"] > 48
+    assert bridgeable.used(rich) == 0
+    assert bridgeable.corridor.one(QUESTIONS) == 0
+
+    told = answered(bridgeable.ask(rich, "POST", BRIDGE, json=LEARNT))
+
+    assert (told["embedded"], told["queries"], told["name"]) == (48, 12, LARGE)
+    until(lambda: bridgeable.used(rich) == usd, lambda: (bridgeable.used(rich), usd))
+    assert Decimal(bridgeable.corridor.one(QUESTIONS)) == usd
+    tokens = "SELECT sum(tokens) FROM api_key_usage WHERE key_id = :key"
+    assert bridgeable.corridor.one(tokens, key=id_of(rich)) == quote["tokens"]
+    assert bridgeable.used(other) == 0
+
+
+@pytest.mark.parametrize("limit", ["usd", "tokens"])
+def test_a_bridge_that_is_dearer_than_what_its_key_has_left_is_not_begun(bridgeable: Books, limit: str) -> None:
+    quote = bridgeable.corridor.client.quote_bridge("docs", LARGE, dimensions=8, compare_old=True)
+    assert quote.usd
+    dollars, tokens = KeyLimits(usd_per_month=quote.usd - Decimal("1e-9")), KeyLimits(tokens_per_month=quote.tokens - 1)
+    rich = bridgeable.key("rich", ENOUGH, Scope.ADMIN)
+    with bridgeable.corridor.db.begin() as conn:
+        limits = dollars if limit == "usd" else tokens
+        _, poor = keys.create(conn, name="poor", tenant="t", scopes={Scope.ADMIN}, limits=limits)
+    asked = answered(bridgeable.ask(poor, "POST", BRIDGE, json={**LEARNT, "dry_run": True}))
+    assert asked["tokens"] == quote.tokens  # to ask costs nothing
+    assert refused(bridgeable.ask(poor, "POST", BRIDGE, json=LEARNT)) == (429, "insufficient_quota")
+    assert bridgeable.corridor.one(QUESTIONS) == 0
+    assert bridgeable.corridor.client.bridges() == []
+    answered(bridgeable.ask(rich, "POST", BRIDGE, json=LEARNT))
+
+
+def test_the_tokens_of_a_bridge_are_taken_from_the_minute_of_its_key_before_it_begins(bridgeable: Books) -> None:
+    """A key may owe its minute one request that is larger, and no second one."""
+    with bridgeable.corridor.db.begin() as conn:
+        limits = KeyLimits(tokens_per_minute=30)
+        (_, one), (_, other) = (
+            keys.create(conn, name=name, tenant="t", scopes={Scope.ADMIN}, limits=limits) for name in ("one", "other")
+        )
+    answered(bridgeable.ask(one, "POST", BRIDGE, json=LEARNT))
+    before = bridgeable.corridor.one(QUESTIONS)
+    assert refused(bridgeable.ask(one, "POST", BRIDGE, json=LEARNT)) == (429, "rate_limit_exceeded")
+    assert bridgeable.corridor.one(QUESTIONS) == before
+    answered(bridgeable.ask(other, "POST", BRIDGE, json=LEARNT))
+
+
+def test_a_bridge_that_fails_in_the_middle_costs_what_was_embedded_until_then(
+    bridgeable: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here that is all but the queries that the collection's own model would have been asked."""
+    key, other = (bridgeable.key(name, ENOUGH, Scope.ADMIN) for name in ("one", "two"))
+
+    def fails(_: object) -> None:
+        raise EngineError("no adapter today")
+
+    monkeypatch.setattr(fitting, "fit_all", fails)
+    whole = bridgeable.corridor.client.quote_bridge("docs", LARGE, dimensions=8, compare_old=True).usd
+
+    answer = bridgeable.ask(key, "POST", BRIDGE, json=LEARNT)
+
+    assert "no adapter today" in answer.json()["error"]["message"]
+    spent = Decimal(bridgeable.corridor.one(QUESTIONS))
+    assert whole is not None
+    assert 0 < spent < whole
+    until(lambda: bridgeable.used(key) == spent, lambda: (bridgeable.used(key), spent))
+    assert bridgeable.used(other) == 0
+
+
+def test_a_bridge_whose_request_to_workers_fails_costs_that_request_too(
+    bridgeable: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here workers had embedded all of it. What would have come after it is free."""
+    key, other = (bridgeable.key(name, ENOUGH, Scope.ADMIN) for name in ("one", "two"))
+    asking_all = Client._asking_all
+    asked: list[int] = []
+
+    def fails_at_the_second(self: Client, space: Any, texts: list[str], *rest: Any, **more: Any) -> Any:
+        asked.append(len(texts))
+        made = yield from asking_all(self, space, texts, *rest, **more)
+        if len(asked) == 2:
+            raise EngineError("no answer today")
+        return made
+
+    monkeypatch.setattr(Client, "_asking_all", fails_at_the_second)
+
+    answer = bridgeable.ask(key, "POST", BRIDGE, json=LEARNT)
+
+    assert "no answer today" in answer.json()["error"]["message"]
+    assert asked == [20, 20]
+    assert bridgeable.corridor.one("SELECT sum(contents) FROM charges WHERE job_id = 0") == 40
+    spent = Decimal(bridgeable.corridor.one(QUESTIONS))
+    until(lambda: bridgeable.used(key) == spent, lambda: (bridgeable.used(key), spent))
+    assert bridgeable.used(other) == 0
+
+
+def test_a_bridge_that_is_refused_before_a_text_is_embedded_costs_nothing(bridgeable: Books) -> None:
+    key, client = bridgeable.key("one", ENOUGH, Scope.ADMIN), bridgeable.corridor.client
+    quote = client.quote_bridge("docs", LARGE, dimensions=8, compare_old=True)
+    assert quote.usd
+    below = quote.usd - Decimal("1e-10")
+    for _ in range(2):  # the reservation of the second one writes what the first one gave back
+        answer = bridgeable.ask(key, "POST", BRIDGE, json={**LEARNT, "max_usd": f"{below:f}"})
+        assert "the bridge would cost about" in answer.json()["error"]["message"]
+        assert refused(bridgeable.ask(key, "POST", BRIDGE, json={**LEARNT, "model": MODEL}))[1] == "invalid_input"
+    until(lambda: bridgeable.used(key) == 0, lambda: bridgeable.used(key))
+    with pytest.raises(BudgetExceeded, match="and max_usd is"):
+        client.bridge("docs", LARGE, dimensions=8, compare_old=True, max_usd=below)
+    assert bridgeable.corridor.one(QUESTIONS) == 0
+
+    told: list[Spent] = []
+    made = client.bridge(
+        "docs", LARGE, dimensions=8, compare_old=True, max_usd=quote.usd, on_progress=told.append, timeout=PATIENCE
+    )
+    assert told[-1] == Spent(made.embedded + 2 * 12, quote.tokens, quote.usd)
+    assert [spent.texts for spent in told] == [20, 20, 40, 40, 48, 48, 60, 60, 72, 72]
+
+
+def test_a_search_through_a_bridge_costs_what_the_model_of_its_queries_costs(bridgeable: Books) -> None:
+    client = bridgeable.corridor.client
+    client.bridge("docs", LARGE, dimensions=8, timeout=PATIENCE)
+    key, other = (bridgeable.key(name, ENOUGH, Scope.SEARCH) for name in ("one", "two"))
+    narrow = bridgeable.key("narrow", ENOUGH, Scope.SEARCH, models={MODEL})
+    query, path = "which number is in it?", "/v1/collections/{}/search"
+    body = {"query": query, "k": 3, "bridge": LARGE}
+
+    told = answered(bridgeable.ask(key, "POST", path.format("docs"), json=body))
+
+    assert {hit["bridge"] for hit in told["hits"]} == {LARGE}
+    usd = estimated_tokens(query) * Decimal("0.13") / 1_000_000
+    until(lambda: bridgeable.used(key) == usd, lambda: (bridgeable.used(key), usd))
+    assert bridgeable.used(other) == 0
+    assert refused(bridgeable.ask(narrow, "POST", path.format("docs"), json=body)) == (403, "model_not_allowed")
+    answered(bridgeable.ask(narrow, "POST", path.format("docs"), json={"query": query}))
+    assert refused(bridgeable.ask(key, "POST", path.format("notes"), json=body))[0] == 404

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,20 @@ def picture_file(_: click.Context, __: click.Parameter, path: Path | None) -> Pa
         require_writable(path, (".png", ".svg"))
         require_matplotlib()
     return path
+
+
+def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | None:
+    try:
+        return None if given is None else Decimal(given)
+    except InvalidOperation:
+        raise click.BadParameter("it must be an amount such as 0.50.") from None
+
+
+def quote_options(command: Command) -> Command:
+    """The options ``--max-usd`` and ``--dry-run`` of a command that has texts embedded."""
+    most = click.option("--max-usd", metavar="USD", callback=_usd, help="Send nothing if it would cost more than this.")
+    dry = click.option("--dry-run", is_flag=True, help="Say what would be embedded and what it would cost, and stop.")
+    return most(dry(command))
 
 
 def watch_options(command: Command) -> Command:

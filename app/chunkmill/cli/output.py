@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from chunkmill.domain.budget import dollars
 from chunkmill.domain.fitting import GAP, column_widths
 from chunkmill.domain.plurals import count as count  # for commands
 from chunkmill.domain.shown import shown, shown_json
@@ -286,3 +287,8 @@ def _jsonable(value: object) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def in_dollars(usd: Decimal | None) -> str | None:
+    """An amount for a table; None if it is not known."""
+    return None if usd is None else dollars(usd)

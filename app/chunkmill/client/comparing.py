@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from chunkmill.client.estimate import EstimateRequest, provider_rule
+from chunkmill.client.costing import PricedSpace, require_affordable
 from chunkmill.client.hybrid import HybridSearch
 from chunkmill.client.steps import run_steps
 from chunkmill.domain.arguments import as_function, as_number, as_seconds, as_text, as_usd, require_name
-from chunkmill.domain.budget import dollars
 from chunkmill.domain.comparing import (
     DEEP,
     Comparison,
@@ -28,14 +27,10 @@ from chunkmill.domain.comparing import (
 )
 from chunkmill.domain.gates import loss_for
 from chunkmill.domain.golden import MAX_JUDGED
-from chunkmill.domain.prices import MILLION, Price
-from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.prices import MILLION
 from chunkmill.domain.spaces import LongText, OnLong, Precision
-from chunkmill.domain.states import Route
-from chunkmill.errors import BudgetExceeded, EngineError, InvalidInput, InvalidSetting
+from chunkmill.errors import EngineError, InvalidInput
 from chunkmill.ledger import judging
-from chunkmill.ledger.money import budget, charges
-from chunkmill.openai.catalogue import model_for
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden, read
@@ -127,7 +122,16 @@ class Comparisons(HybridSearch):
         as_function("on_progress", on_progress)
         plan = self._plan(collection, model, against, sample, queries, dimensions, precision)
         quote = self._quote(plan)
-        self._require_affordable(plan, quote, limit)
+        with self._transaction() as conn:
+            require_affordable(
+                conn,
+                self._settings,
+                [one.space.spec for one in plan.models],
+                quote.usd,
+                limit=limit,
+                what="the comparison",
+                advice=f"Compare a smaller sample than {quote.contents:,} texts, or raise the limit.",
+            )
         for one in plan.models:
             self._ask_questions(one, plan, deadline)
         nearest, compared, refused = self._compare_sample(plan, deadline, on_progress)
@@ -225,7 +229,7 @@ class Comparisons(HybridSearch):
         if not judgeable:
             raise InvalidInput(
                 f"collection {collection!r} has nothing to judge a model by: no golden query whose chunks are there, "
-                "and no chunk with a title. Load some with client.golden({collection!r}).load(…), or: "
+                f"and no chunk with a title. Load some with client.golden({collection!r}).load(…), or: "
                 f"chunkmill golden load {shlex.quote(collection)} QUERIES QRELS"
             )
         numbers = {content_hash: i for i, content_hash in enumerate(sorted(set(known.values())))}
@@ -251,64 +255,25 @@ class Comparisons(HybridSearch):
                 yield window
 
     def _quote(self, plan: _Plan) -> ComparisonQuote:
-        to_embed, contents = [0, 0], 0
-        rules = [self._rule(one) for one in plan.models]
-        tokens = [0, 0]
-        for rule_index, rule in enumerate(rules):
-            if rule is not None:
-                asked = [question.text for question in plan.questions]
+        to_embed, tokens, contents = [0, 0], [0, 0], 0
+        priced = [PricedSpace(self._transaction, self._settings, one.space) for one in plan.models]
+        for i, one in enumerate(priced):
+            if one.is_paid:
                 # Queries that are timed are embedded alone, and are still sent only once.
-                asked += [question.rest for question in plan.questions if question.rest is not None]
-                tokens[rule_index] += rule([(b"", text) for text in asked])[0]
+                tokens[i] += one.tokens_of(question.text for question in plan.questions)
+                tokens[i] += one.tokens_of(question.rest for question in plan.questions if question.rest is not None)
         for window in self._sample(plan):
             contents += len(window)
             with self._transaction() as conn:
-                for i, (one, rule) in enumerate(zip(plan.models, rules, strict=True)):
+                for i, one in enumerate(priced):
                     missing = read.without_vector(conn, one.space, window)
                     to_embed[i] += len(missing)
-                    if rule is not None and missing:
-                        tokens[i] += rule(list(golden.texts_of(conn, missing).items()))[0]
-        with self._transaction() as conn:
-            usd = [
-                self._usd(charges.price_today(conn, model_for(self._settings, one.space.spec)), rule, n)
-                for one, rule, n in zip(plan.models, rules, tokens, strict=True)
-            ]
+                    if one.is_paid and missing:
+                        tokens[i] += one.tokens_of(golden.texts_of(conn, missing).values())
+        usd = [one.usd_of(n) for one, n in zip(priced, tokens, strict=True)]
         return ComparisonQuote(
             plan.collection.name, len(plan.questions), contents, to_embed[0], to_embed[1], usd[0], usd[1]
         )
-
-    def _rule(self, one: _Model) -> Callable[[Sequence[tuple[bytes, str]]], tuple[int, int]] | None:
-        """Counts the tokens that a provider is sent; None for a local model."""
-        spec = one.space.spec
-        if spec.provider != OPENAI:
-            return None
-        self._settings.require_provider()
-        return provider_rule(self._settings, EstimateRequest(spec, Route.OPENAI_SYNC, None, OnLong.TRUNCATE))
-
-    @staticmethod
-    def _usd(price: Price | None, rule: object | None, tokens: int) -> Decimal | None:
-        if rule is None:
-            return Decimal(0)
-        return None if price is None else price.of(tokens, Route.OPENAI_SYNC)
-
-    def _require_affordable(self, plan: _Plan, quote: ComparisonQuote, limit: Decimal | None) -> None:
-        paid = [one.space.spec for one in plan.models if one.space.spec.provider == OPENAI]
-        if not paid:
-            return
-        with self._transaction() as conn:
-            for spec in paid:
-                budget.require_budget(conn, self._settings, spec)
-            left = budget.headroom(conn, self._settings)
-        if quote.usd is None:
-            if limit is not None:
-                raise InvalidSetting("max_usd is given and a model has no price: give it usd in OPENAI_MODELS.")
-            return
-        for most, name in ((limit, "max_usd"), (left, "what OPENAI_MONTHLY_BUDGET_USD has left this month")):
-            if most is not None and quote.usd > most:
-                raise BudgetExceeded(
-                    f"the comparison would cost about {dollars(quote.usd)} USD, and {name} is {dollars(most)} USD. "
-                    f"Compare a smaller sample than {quote.contents:,} texts, or raise the limit."
-                )
 
     def _ask_questions(self, one: _Model, plan: _Plan, deadline: float) -> None:
         """Embed the queries and what follows titles. The first queries are embedded alone, and timed."""

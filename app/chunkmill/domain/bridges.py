@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 
 from chunkmill.domain.printed import PrintedResult
@@ -33,6 +34,30 @@ class BridgeTrial(PrintedResult):
     """Which share of the first 10 hits after a full re-embedding are among the first 10."""
     bytes: int
     """The size of the adapter, which every client that uses it holds in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeQuote(PrintedResult):
+    """What workers would have to embed for a bridge, and what that would cost."""
+
+    collection: str
+    name: str
+    """The model of the queries."""
+    query_space: str
+    """The fingerprint of the space that queries would be embedded into."""
+    space: str
+    """The fingerprint of the space that would be searched, which is the collection's."""
+    queries: int
+    """How many queries would judge it. All of them are embedded."""
+    texts: int
+    """How many stored texts it would be learnt from and judged by."""
+    to_embed: int
+    """How many of these have no vector in the space of the queries yet."""
+    tokens: int
+    """How many tokens the queries and these texts have: a provider's as for an enqueue, and a local model's by an
+    estimate from their characters."""
+    usd: Decimal | None
+    """0 for local models. None if a provider's model has no price."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,17 @@ class Cost(PrintedResult):
 
 
 @dataclass(frozen=True, slots=True)
+class Spent(PrintedResult):
+    """What a call has spent so far, at most: what workers have embedded for it, and what they have under way."""
+
+    texts: int
+    tokens: int
+    """As the workers counted them, and of texts that are under way as many as were expected."""
+    usd: Decimal | None
+    """0 for local models. None if a provider's model has no price."""
+
+
+@dataclass(frozen=True, slots=True)
 class Costs(PrintedResult):
     """What was embedded since a day (None: since the beginning), what it cost, and the budget of this month."""
 

@@ -95,6 +95,11 @@ class Models:
             raise Refusal(403, "model_not_allowed", f"this API key may not use model {_shown(wanted)}.", param="model")
         return model
 
+    async def require_usable(self, name: object, caller: Caller) -> None:
+        """Raise :class:`Refusal` if this is the name of a model, and of none that the caller may use."""
+        if isinstance(name, str) and not caller.may_use(name):
+            await self.find(name, caller)  # it may be another name of one that the caller may use
+
     async def dimensions_to_ask(self, model: ServedModel, wanted: int | None) -> int | None:
         """How many dimensions to ask workers for, so that vectors of ``wanted`` can be cut from them here.
 

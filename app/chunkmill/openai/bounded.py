@@ -13,7 +13,7 @@ import contextlib
 import importlib
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,11 +132,16 @@ def http_client(openai: ModuleType, server: str, timeout_s: float, *, is_https: 
 
 def within_deadlines(client: Any) -> None:
     """Let each read and write of a client of httpx or httpx2 obey the deadline of :func:`within`."""
+    wrap_backends(client, _Backend)
+
+
+def wrap_backends(client: Any, wrap: Callable[[Any], Any]) -> None:
+    """Let a client of httpx or httpx2 make its connections by what ``wrap`` makes of its network backends."""
     for transport in (client._transport, *client._mounts.values()):
         # A mount of None goes past the proxies. The names are private: a test sees whether they are still there.
         pool: Any = getattr(transport, "_pool", None)
         if hasattr(pool, "_network_backend"):
-            pool._network_backend = _Backend(pool._network_backend)
+            pool._network_backend = wrap(pool._network_backend)
 
 
 def library(openai: ModuleType) -> ModuleType:

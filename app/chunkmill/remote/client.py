@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 from chunkmill.domain.arguments import as_seconds
 from chunkmill.errors import InvalidSetting
 from chunkmill.remote.address import read_address, read_hosts, read_key
+from chunkmill.remote.bridges import Bridges
 from chunkmill.remote.collections import Collections
 from chunkmill.remote.embedding import Embedding
 from chunkmill.remote.http import context_of
@@ -37,7 +38,7 @@ Verify = bool | str | Path | ssl.SSLContext
 Runner = TypeVar("Runner")
 
 
-class Verbs(Embedding, Jobs, Collections, Indexes, Upkeep, Reembeddings):
+class Verbs(Embedding, Jobs, Collections, Indexes, Bridges, Upkeep, Reembeddings):
     """All verbs, as generators of steps."""
 
 
@@ -138,6 +139,10 @@ class RemoteClient(_Remote[ThreadRunner]):
     tune_search = in_thread(Verbs.tune_search)
     compare = in_thread(Verbs.compare)
     quote_comparison = in_thread(Verbs.quote_comparison)
+    bridge = in_thread(Verbs.bridge)
+    quote_bridge = in_thread(Verbs.quote_bridge)
+    bridges = in_thread(Verbs.bridges)
+    drop_bridge = in_thread(Verbs.drop_bridge)
     explain = in_thread(Verbs.explain)
     attempts = in_thread(Verbs.attempts)
     update_metadata = in_thread(Verbs.update_metadata)
@@ -221,6 +226,10 @@ class AsyncRemoteClient(_Remote[TaskRunner]):
     tune_search = in_loop(Verbs.tune_search)
     compare = in_loop(Verbs.compare)
     quote_comparison = in_loop(Verbs.quote_comparison)
+    bridge = in_loop(Verbs.bridge)
+    quote_bridge = in_loop(Verbs.quote_bridge)
+    bridges = in_loop(Verbs.bridges)
+    drop_bridge = in_loop(Verbs.drop_bridge)
     explain = in_loop(Verbs.explain)
     attempts = in_loop(Verbs.attempts)
     update_metadata = in_loop(Verbs.update_metadata)

@@ -86,6 +86,7 @@ class Collections(RemoteCalls):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first, as :meth:`Client.search` finds them, which
@@ -118,6 +119,8 @@ class Collections(RemoteCalls):
             body["space"] = as_text("space", space)
         if as_fallback(on_unserved):
             body["on_unserved"] = "previous"
+        if bridge is not None:
+            body["bridge"] = as_text("bridge", bridge)
         deadline = self._deadline(timeout)
         if query is None:
             return (yield from self._search(collection, {**body, "like": as_text("like", like)}, 1, deadline))[0]

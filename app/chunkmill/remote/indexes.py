@@ -152,14 +152,20 @@ def _compared(
     dimensions: int | None,
     precision: Precision | str | None,
 ) -> dict[str, Any]:
+    body = judged_model(collection, model, sample, queries, dimensions, precision)
+    return body if against is None else {**body, "against": as_text("against", against)}
+
+
+def judged_model(
+    collection: str, model: str, sample: int, queries: int, dimensions: int | None, precision: Precision | str | None
+) -> dict[str, Any]:
+    """The body of a request to judge a model on a sample of a collection."""
     require_name("collection", collection)
     body: dict[str, Any] = {
         "model": as_text("model", model),
         "sample": as_number("sample", sample, least=1),
         "queries": as_number("queries", queries, least=1),
     }
-    if against is not None:
-        body["against"] = as_text("against", against)
     if dimensions is not None:
         body["dimensions"] = as_number("dimensions", dimensions, least=1)
     if precision is not None:

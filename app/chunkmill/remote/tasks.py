@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from chunkmill.errors import ClientClosed
+from chunkmill.openai.bounded import wrap_backends
 from chunkmill.remote import http
 from chunkmill.remote.lines import Lines, SourceFailed
 from chunkmill.remote.servers import Server
@@ -144,7 +145,7 @@ class TaskRunner:
                 try:
                     return await _answer(response, request)
                 finally:
-                    await response.aclose()
+                    await self._end(response)
         except SourceFailed as failed:
             raise failed.error from None
         except http.TRANSPORT_ERRORS as error:
@@ -162,8 +163,8 @@ class TaskRunner:
                     try:
                         return await _answer(response, request)
                     finally:
-                        await response.aclose()
-            streams.push_async_callback(response.aclose)
+                        await self._end(response)
+            streams.push_async_callback(self._end, response)
             http.most_bytes(response, request)
             return http.opened(response, response.aiter_raw())
         except http.TRANSPORT_ERRORS as error:
@@ -178,6 +179,12 @@ class TaskRunner:
         body = request.body.pieces_in_a_loop() if isinstance(request.body, Lines) else request.body
         return await client.send(client.build_request(**http.request_options(request), content=body), stream=True)
 
+    async def _end(self, response: httpx2.Response) -> None:
+        await response.aclose()
+        if self._is_closed:
+            # If the connection was still being made when its pool was closed, it belongs to no pool, and stays open.
+            await response.extensions["network_stream"].aclose()
+
     async def _client(self, server: Server) -> httpx2.AsyncClient:
         self._require_open()
         loop = asyncio.get_running_loop()
@@ -185,6 +192,7 @@ class TaskRunner:
             del self._clients[key]
         if (server, loop) not in self._clients:
             client = httpx2.AsyncClient(**http.client_options(server, self._verify, trust_env=self._trust_env))
+            wrap_backends(client, _Backend)
             self._clients[server, loop] = made = _Client(client, _closing(client))
             await anext(made.ends)
         return self._clients[server, loop].http
@@ -192,6 +200,35 @@ class TaskRunner:
     def _require_open(self) -> None:
         if self._is_closed:
             raise ClientClosed("this AsyncRemoteClient was closed.")
+
+
+class _Backend:
+    """A network backend of httpcore. If a task is cancelled while it shakes hands, its connection is closed; httpcore
+    does that for errors alone. Calls whose time is over are cancelled too."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def connect_tcp(self, *args: Any, **more: Any) -> _Stream:
+        return _Stream(await self._inner.connect_tcp(*args, **more))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class _Stream:
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def start_tls(self, *args: Any, **more: Any) -> _Stream:
+        try:
+            return _Stream(await self._inner.start_tls(*args, **more))
+        except BaseException:
+            await self._inner.aclose()
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ class ThreadRunner:
                 try:
                     return _answer(response, request)
                 finally:
-                    response.close()
+                    self._end(response)
         except SourceFailed as failed:
             raise failed.error from None
         except http.TRANSPORT_ERRORS as error:
@@ -168,8 +168,8 @@ class ThreadRunner:
                 try:
                     return _answer(response, request)
                 finally:
-                    response.close()
-            streams.callback(response.close)
+                    self._end(response)
+            streams.callback(self._end, response)
             http.most_bytes(response, request)
             return http.opened(response, response.iter_raw())
         except http.TRANSPORT_ERRORS as error:
@@ -183,6 +183,12 @@ class ThreadRunner:
         client = self._client(server)
         body = request.body.pieces() if isinstance(request.body, Lines) else request.body
         return client.send(client.build_request(**http.request_options(request), content=body), stream=True)
+
+    def _end(self, response: httpx2.Response) -> None:
+        response.close()
+        if self._is_closed:
+            # If the connection was still being made when its pool was closed, it belongs to no pool, and stays open.
+            response.extensions["network_stream"].close()
 
     def _client(self, server: Server) -> httpx2.Client:
         with self._lock:

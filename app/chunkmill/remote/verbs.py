@@ -95,6 +95,7 @@ class Search(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Hits: ...
 
@@ -115,6 +116,7 @@ class Search(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> list[Hits]: ...
 
@@ -140,6 +142,7 @@ class AsyncSearch(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Coroutine[Any, Any, Hits]: ...
 
@@ -160,6 +163,7 @@ class AsyncSearch(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Coroutine[Any, Any, list[Hits]]: ...
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,7 +68,7 @@ def find(conn: sa.Connection, collection: Collection, name: str) -> Crossing | N
         return Crossing(row.name, get(conn, row.query_space_id), _adapter(conn, row.id))
     if get(conn, collection.space_id).spec.model == name:
         return None
-    names = [bridge.name for bridge in of_collection(conn, collection)]
+    names = [bridge.name for bridge in of_collections(conn, [collection.id])]
     known = f"It has these: {', '.join(map(repr, names))}." if names else "It has none."
     raise NotFound(
         f"collection {collection.name!r} has no bridge {name!r}. {known} "
@@ -122,8 +123,8 @@ _COLUMNS = {"collection", "name", "query_space", "space", "kind", "created_at"}
 """What a report has besides is in columns of its own."""
 
 
-def of_collection(conn: sa.Connection, collection: Collection | None = None) -> list[Bridge]:
-    """The bridges of a collection, or of all, by collection and name."""
+def of_collections(conn: sa.Connection, ids: Sequence[int] | None = None) -> list[Bridge]:
+    """The bridges of these collections, or of all, by collection and name."""
     query = """
         SELECT k.name AS collection, b.name, q.fingerprint AS query_space, s.fingerprint AS space, b.kind, b.report,
                b.created_at
@@ -131,10 +132,10 @@ def of_collection(conn: sa.Connection, collection: Collection | None = None) -> 
         JOIN collections k ON k.id = b.collection_id
         JOIN spaces q ON q.id = b.query_space_id
         JOIN spaces s ON s.id = b.space_id
-        WHERE k.id = coalesce(CAST(:collection AS integer), k.id)
+        WHERE CAST(:ids AS integer[]) IS NULL OR k.id = ANY(CAST(:ids AS integer[]))
         ORDER BY k.name, b.name
     """
-    rows = conn.execute(sa.text(query), {"collection": None if collection is None else collection.id})
+    rows = conn.execute(sa.text(query), {"ids": None if ids is None else list(ids)})
     return [_bridge(dict(row)) for row in rows.mappings()]
 
 

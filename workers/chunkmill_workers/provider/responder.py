@@ -125,7 +125,7 @@ class ProviderResponder(Responder[ProviderContext]):
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         question = _Question(self._context, request, space, self._lease_seconds)
         try:
-            vectors = question.vectors()
+            answer = question.answer()
         except LeaseLost as lost:
             logger.warning("%s", lost)
             question.end()
@@ -145,7 +145,7 @@ class ProviderResponder(Responder[ProviderContext]):
                 question.end()  # after any other error nobody knows whether something was sent and is not booked
             return
         with self._context.begin() as conn:
-            embed_requests.answer(conn, request.id, vectors)
+            embed_requests.answer(conn, request.id, *answer)
         question.end()
 
 
@@ -170,8 +170,11 @@ class _Question:
         self._lease_seconds = lease_seconds
         self._key = secrets.token_bytes(16)
 
-    def vectors(self) -> NDArray[np.float32]:
-        """One vector per text. A text that is too long is treated as the space treats long documents."""
+    def answer(self) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.bool_]]:
+        """One vector per text, how many tokens of each were charged, and whether it was cut.
+
+        A text that is too long is treated as the space treats long documents.
+        """
         context, space, spec = self._context, self._space, self._space.spec
         model = context.model(space)
         with context.begin() as conn:
@@ -190,20 +193,23 @@ class _Question:
         self._commit_money(items)
         if unproved or len(items) > 1:
             require_answer(context, Route.OPENAI_SYNC, space, again=unproved)
-        vectors, number = [], 0
+        vectors: list[NDArray[np.float32]] = []
+        tokens: list[NDArray[np.int32]] = []
+        truncated = np.array([item.truncated for item in items], np.bool_)
         while items:
             most = context.health.most_inputs(model.name, limits.inputs_per_request)
             part = first_request(items, limits, inputs=most)
             try:
-                vectors.append(self._ask(part, number))
+                made, charged = self._ask(part, len(vectors))
             except ProviderRefused as refused:
                 if len(part.items) == 1 or not _is_too_large(refused):
                     raise
                 context.health.too_large(model.name, part.inputs)
             else:
                 items = items[len(part.items) :]
-            number += 1
-        return np.concatenate(vectors)
+                vectors.append(made)
+                tokens.append(charged)
+        return np.concatenate(vectors), np.concatenate(tokens), truncated
 
     def _commit_money(self, items: Sequence[ProviderInput]) -> None:
         """Let the budget count the question before it is sent. Raises :class:`BudgetExceeded`."""
@@ -221,10 +227,11 @@ class _Question:
         with self._context.begin() as conn:
             questions.end(conn, self._key)
 
-    def _ask(self, part: PlainRequest, number: int) -> NDArray[np.float32]:
+    def _ask(self, part: PlainRequest, number: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Send one request and book it as soon as it is answered, because the next one of the question may fail.
 
-        Raises :class:`LeaseLost` if nobody waits for the question any more.
+        Returns the vectors, and how many of the booked tokens are those of each text. Raises :class:`LeaseLost` if
+        nobody waits for the question any more.
         """
         context, request, space = self._context, self.request, self._space
         contents = len(part.items)
@@ -252,14 +259,17 @@ class _Question:
                     book_silence(conn, context, space, [UnansweredRequests(0, contents, part.tokens)], silent)
             raise
         context.health.answered(Route.OPENAI_SYNC)
-        self._book(part, embedded)
+        tokens = self._book(part, embedded)
         made = assemble(embedded, part.rows, normalize=space.spec.normalize)
         if made.problems:
             raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
-        return made.vectors
+        return made.vectors, _shares([item.sent_tokens for item in part.items], tokens)
 
-    def _book(self, part: PlainRequest, embedded: EmbeddedRequest) -> None:
-        """Book a request. Raises :class:`ProviderStopped` if another model answered than the space has vectors of."""
+    def _book(self, part: PlainRequest, embedded: EmbeddedRequest) -> int:
+        """Book a request. Returns how many tokens were charged.
+
+        Raises :class:`ProviderStopped` if another model answered than the space has vectors of.
+        """
         context, space, model = self._context, self._space, self._context.model(self._space)
         contents = len(part.items)
         tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
@@ -280,6 +290,14 @@ class _Question:
             context.oddities.count(model, {OTHER_MODEL: 1})
             raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
+        return tokens
+
+
+def _shares(sent: Sequence[int], charged: int) -> NDArray[np.int32]:
+    """The tokens that a provider charged for a request, ``(n,)``, in the proportion of those that we count of its
+    texts. Their sum is exact, because keys of the gateway pay for it."""
+    ends = np.cumsum(sent, dtype=np.int64)
+    return np.diff(ends * charged // max(1, int(ends[-1])), prepend=0).astype(np.int32)
 
 
 def _is_too_large(refused: ProviderRefused) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict
+from decimal import Decimal
 from typing import Any
 
 import click
 
+from chunkmill.cli.arguments import quote_options
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Group, Screen, count, json_option
-from chunkmill.domain.bridges import Bridge
+from chunkmill.cli.output import Group, Screen, count, in_dollars, json_option
+from chunkmill.cli.progress import Bar
+from chunkmill.domain.bridges import Bridge, BridgeQuote
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -82,6 +85,7 @@ def bridge(ctx: click.Context) -> None:
     show_default=True,
     help="How many seconds to wait for workers, which embed the sample and the queries.",
 )
+@quote_options
 @json_option
 @click.pass_obj
 def learn(
@@ -93,21 +97,35 @@ def learn(
     queries: int,
     compare_old: bool,
     timeout: float,
+    max_usd: Decimal | None,
+    dry_run: bool,
 ) -> None:
     """Learn a bridge from stored texts, judge it by golden queries or titles, and store it.
 
     Texts of the sample that have no vector of MODEL are embedded, which costs money if it is a paid model.
     """
     with Client.from_env() as client:
-        made = client.bridge(
-            collection,
-            model,
-            dimensions=dimensions,
-            sample=sample,
-            queries=queries,
-            compare_old=compare_old,
-            timeout=timeout,
-        )
+        if dry_run:
+            quote = client.quote_bridge(
+                collection, model, dimensions=dimensions, sample=sample, queries=queries, compare_old=compare_old
+            )
+            if screen.json:
+                screen.document(asdict(quote))
+            else:
+                show_quote(screen, quote)
+            return
+        with Bar(screen, f"learning a bridge for {model}", waits=True) as bar:
+            made = client.bridge(
+                collection,
+                model,
+                dimensions=dimensions,
+                sample=sample,
+                queries=queries,
+                compare_old=compare_old,
+                max_usd=max_usd,
+                timeout=timeout,
+                on_progress=lambda spent: bar.update(spent.texts, None, "texts sent"),
+            )
     if screen.json:
         screen.document(as_document(made))
     else:
@@ -131,6 +149,14 @@ def drop(screen: Screen, collection: str, name: str) -> None:
 
 def as_document(one: Bridge) -> dict[str, Any]:
     return asdict(one) | {"created_at": one.created_at.isoformat() if one.created_at else None}
+
+
+def show_quote(screen: Screen, quote: BridgeQuote) -> None:
+    screen.table(
+        ["model of the queries", "queries", "texts", "texts to embed", "tokens", "USD"],
+        [(quote.name, quote.queries, quote.texts, quote.to_embed, f"{quote.tokens:,}", in_dollars(quote.usd))],
+    )
+    screen.say("Nothing was sent. Without --dry-run the bridge is learnt.")
 
 
 def show_bridge(screen: Screen, one: Bridge) -> None:

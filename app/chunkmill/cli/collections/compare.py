@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 import click
 
+from chunkmill.cli.arguments import quote_options
 from chunkmill.cli.collections.compare_picture import picture
 from chunkmill.cli.late import Change, Client, Comparison, ComparisonQuote, Contender, as_json
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Screen, count, in_dollars, json_option
 from chunkmill.cli.progress import Bar
-from chunkmill.domain.budget import dollars
 from chunkmill.domain.spaces import Precision
-
-
-def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | None:
-    try:
-        return None if given is None else Decimal(given)
-    except InvalidOperation:
-        raise click.BadParameter("it must be an amount such as 0.50.") from None
 
 
 def _in_a_folder(_: click.Context, __: click.Parameter, file: Path | None) -> Path | None:
@@ -47,8 +40,7 @@ def _in_a_folder(_: click.Context, __: click.Parameter, file: Path | None) -> Pa
 )
 @click.option("--dimensions", type=int, help="Number of dimensions to shorten the vectors of MODEL to.")
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="The precision of MODEL.")
-@click.option("--max-usd", metavar="USD", callback=_usd, help="Send nothing if it would cost more than this.")
-@click.option("--dry-run", is_flag=True, help="Say what would be embedded and what it would cost, and stop.")
+@quote_options
 @click.option(
     "--picture", "file", metavar="FILE", type=click.Path(dir_okay=False, writable=True, path_type=Path),
     callback=_in_a_folder, help="Also write the result as a picture, in SVG.",
@@ -118,8 +110,8 @@ def show_quote(screen: Screen, quote: ComparisonQuote) -> None:
     screen.table(
         ["model", "texts to embed", "USD"],
         [
-            ("old", quote.old_to_embed, _dollars(quote.old_usd)),
-            ("new", quote.new_to_embed, _dollars(quote.new_usd)),
+            ("old", quote.old_to_embed, in_dollars(quote.old_usd)),
+            ("new", quote.new_to_embed, in_dollars(quote.new_usd)),
         ],
     )
     screen.say(
@@ -152,8 +144,8 @@ def show(screen: Screen, told: Comparison) -> None:
             ("query alone, p50 ms", *(_ms(one.query_p50_ms) for one in both)),
             ("query alone, p95 ms", *(_ms(one.query_p95_ms) for one in both)),
             ("tokens/s", *(_speed(one) for one in both)),
-            ("USD per million tokens", *(_dollars(one.usd_per_million) for one in both)),
-            ("USD for the collection", *(_dollars(one.collection_usd) for one in both)),
+            ("USD per million tokens", *(in_dollars(one.usd_per_million) for one in both)),
+            ("USD for the collection", *(in_dollars(one.collection_usd) for one in both)),
             ("bytes of a vector", *(one.vector_bytes for one in both)),
             ("MB of the collection", *(f"{one.collection_bytes / 1e6:,.1f}" for one in both)),
         ],
@@ -178,7 +170,3 @@ def _ms(milliseconds: float | None) -> str | None:
 
 def _speed(one: Contender) -> str | None:
     return None if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"
-
-
-def _dollars(usd: Decimal | None) -> str | None:
-    return None if usd is None else dollars(usd)

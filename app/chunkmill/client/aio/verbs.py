@@ -11,10 +11,10 @@ from os import PathLike
 from typing import Any, Literal, overload
 
 from chunkmill.client.aio.running import RunningCalls
-from chunkmill.domain.bridges import Bridge
+from chunkmill.domain.bridges import Bridge, BridgeQuote
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
-from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
+from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate, Spent
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.golden import MAX_JUDGED
@@ -539,7 +539,9 @@ class AsyncVerbs(RunningCalls):
         sample: int = 5000,
         queries: int = 500,
         compare_old: bool = False,
+        max_usd: Decimal | int | str | None = None,
         timeout: float = 3600.0,
+        on_progress: Callable[[Spent], Awaitable[None] | None] | None = None,
     ) -> Bridge:
         """Learn to answer queries of ``model`` in the space that the collection has now, and store what was learnt.
 
@@ -548,7 +550,7 @@ class AsyncVerbs(RunningCalls):
         collection leaves its space, and ``search(bridge=model)`` then searches the new one.
 
         It is learnt from up to ``sample`` stored texts, chosen at random. Those without a vector of ``model`` are
-        embedded now, which costs money if it is a paid model; these vectors are not stored. Up to ``queries`` golden
+        embedded now, as workers answer any other request, and these vectors are not stored. Up to ``queries`` golden
         queries, or else titles of chunks, choose among three kinds of adapter and measure what is lost against a full
         re-embedding; their answers are not learnt from. With ``compare_old`` they are also asked with the collection's
         own model, which a worker must then serve. A bridge of the same model is replaced.
@@ -557,6 +559,10 @@ class AsyncVerbs(RunningCalls):
         ``dimensions`` and ``precision`` are those of :meth:`enqueue`, and long texts are treated as in the space that
         the collection has. The sample takes about ``20 * sample * (d + e)`` bytes of memory for ``d`` and ``e``
         dimensions.
+
+        A provider's model is quoted first (:meth:`quote_bridge`). Raises :class:`BudgetExceeded` before anything is
+        sent if the quote is above ``max_usd`` or above what the month's budget has left. ``on_progress`` is called with
+        what is spent, before and after each request to workers.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection is in that space already, or has too few texts
         or no queries, :class:`EngineError`, and :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -570,7 +576,36 @@ class AsyncVerbs(RunningCalls):
             sample=sample,
             queries=queries,
             compare_old=compare_old,
+            max_usd=max_usd,
             timeout=timeout,
+            on_progress=on_progress,
+        )
+
+    async def quote_bridge(
+        self,
+        collection: str,
+        model: str,
+        *,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        sample: int = 5000,
+        queries: int = 500,
+        compare_old: bool = False,
+    ) -> BridgeQuote:
+        """What :meth:`bridge` with these arguments would have embedded, and what that would cost. Nothing is sent.
+
+        The tokens of a provider's model are counted as those of an enqueue are. Raises what :meth:`bridge` raises
+        before it sends anything.
+        """
+        return await self._long(
+            self._client.quote_bridge,
+            collection,
+            model,
+            dimensions=dimensions,
+            precision=precision,
+            sample=sample,
+            queries=queries,
+            compare_old=compare_old,
         )
 
     async def bridges(self, collection: str | None = None) -> list[Bridge]:

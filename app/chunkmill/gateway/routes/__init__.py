@@ -5,6 +5,7 @@ from __future__ import annotations
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.routes import (
     batches,
+    bridges,
     cohere,
     collections,
     dead,
@@ -37,6 +38,7 @@ def all_endpoints() -> list[Endpoint]:
         *collections.ENDPOINTS,
         *indexes.ENDPOINTS,
         *judging.ENDPOINTS,
+        *bridges.ENDPOINTS,
         *reembeddings.ENDPOINTS,
         *money.ENDPOINTS,
         *openapi.ENDPOINTS,

@@ -82,6 +82,10 @@ SEARCH: Schema = {
             "type": "string",
             "description": "`active`, `filling`, `previous`, a model, or the beginning of a fingerprint.",
         },
+        "bridge": {
+            "type": "string",
+            "description": "A model for which the collection has a bridge: the query is embedded with it.",
+        },
         "on_unserved": {
             "enum": ["previous"],
             "description": "Allows the space that the collection had before, if no worker embeds the query.",
@@ -216,9 +220,15 @@ async def searched(
     session, space = as_session(body.get("session")), body.get("space")
     if space is not None and not isinstance(space, str):
         raise wrong("space", "it must be a text")
+    bridge = body.get("bridge")
+    if bridge is not None and not isinstance(bridge, str):
+        raise wrong("bridge", "it must be a text")
+    await gateway.models.require_usable(bridge, caller)
+    # A bridge that has ended has the name of the model in whose space the collection is.
+    model = named.model_for(session=session, space=space) if bridge is None else bridge
     checked: Any = body.get("query")  # of any of the types that ``query`` was narrowed to
     texts = [text for text in (query if isinstance(query, list) else [query]) if isinstance(text, str)]
-    async with gateway.embedding(caller, named.model_for(session=session, space=space), texts):
+    async with gateway.embedding(caller, model, texts):
         result: Hits | list[Hits] = await gateway.client.search(
             checked,
             collection=named.name,
@@ -234,6 +244,7 @@ async def searched(
             session=session,
             space=space,
             on_unserved=body.get("on_unserved"),
+            bridge=bridge,
         )
     return result
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import sqlalchemy as sa
 from starlette.requests import Request
@@ -15,7 +17,7 @@ from chunkmill.domain.embedded import estimated_tokens
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.results import SearchTuning
 from chunkmill.domain.spaces import Precision
-from chunkmill.errors import InvalidInput, NotFound
+from chunkmill.errors import BudgetExceeded, ChunkmillError, InvalidInput, NotFound
 from chunkmill.gateway import seen
 from chunkmill.gateway.asked import read_optional, wrong
 from chunkmill.gateway.caller import Caller, Scope
@@ -76,38 +78,58 @@ async def tune(gateway: Gateway, request: Request, caller: Caller) -> Response:
 
 
 async def compare(gateway: Gateway, request: Request, caller: Caller) -> Response:
-    named = await seen.collection_in_path(gateway, request, caller)
-    body = await read_optional(request, BODY_BYTES, COMPARE["properties"])
-    if "model" not in body:
-        raise wrong("model", "it is required")
-    is_quote = body.pop("dry_run", False)
-    if not isinstance(is_quote, bool):
-        raise wrong("dry_run", "it must be true or false")
-    seconds = timeout_in(body, COMPARE_S)
-    most = body.pop("max_usd", None)
-    body.pop("timeout_s", None)
-    for model in (body["model"], body.get("against")):
-        if isinstance(model, str) and not caller.may_use(model):
-            await gateway.models.find(model, caller)  # which raises unless it is another name of one that it may use
+    asked = await read_quotable(gateway, request, caller, COMPARE, COMPARE_S)
+    name = asked.collection.name
 
     async def compared() -> Comparison | ComparisonQuote:
-        quote = await gateway.client.quote_comparison(named.name, **body)
-        if is_quote:
+        quote = await gateway.client.quote_comparison(name, **asked.body)
+        if asked.is_quote:
             return quote
         async with gateway.limits.spending(caller, tokens=0, usd=quote.usd or Decimal(0)) as use:
-            told = await gateway.client.compare(named.name, **body, max_usd=most, timeout=seconds)
+            with free_if_refused(use, (BudgetExceeded,)):
+                told = await gateway.client.compare(name, **asked.body, max_usd=asked.max_usd, timeout=asked.seconds)
             use.tokens = told.old.tokens + told.new.tokens
         return told
 
     return await lasting(gateway, compared())
 
 
+@dataclass(frozen=True, slots=True)
+class QuotableRequest:
+    """A request for something that is quoted before it is begun. ``body`` has the arguments that both have."""
+
+    collection: seen.VisibleCollection
+    body: dict[str, Any]
+    is_quote: bool
+    max_usd: Any
+    seconds: float
+
+
+async def read_quotable(
+    gateway: Gateway, request: Request, caller: Caller, schema: Schema, default_s: float
+) -> QuotableRequest:
+    """Raises :class:`Refusal`, also if the caller may not use a model that the body names."""
+    named = await seen.collection_in_path(gateway, request, caller)
+    body = await read_optional(request, BODY_BYTES, schema["properties"])
+    if "model" not in body:
+        raise wrong("model", "it is required")
+    is_quote = body.pop("dry_run", False)
+    if not isinstance(is_quote, bool):
+        raise wrong("dry_run", "it must be true or false")
+    seconds = timeout_in(body, default_s)
+    most = body.pop("max_usd", None)
+    body.pop("timeout_s", None)
+    for model in (body["model"], body.get("against")):
+        await gateway.models.require_usable(model, caller)
+    return QuotableRequest(named, body, is_quote, most, seconds)
+
+
 @contextlib.contextmanager
-def free_if_refused(use: Use) -> Iterator[None]:
-    """What is refused before a query is embedded costs nothing."""
+def free_if_refused(use: Use, errors: tuple[type[ChunkmillError], ...] = (InvalidInput, NotFound)) -> Iterator[None]:
+    """What is refused before a query is embedded costs nothing. ``errors`` are those that say so."""
     try:
         yield
-    except (InvalidInput, NotFound):
+    except errors:
         use.settle(0)
         raise
 

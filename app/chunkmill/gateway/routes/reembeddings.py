@@ -106,8 +106,7 @@ async def begin(gateway: Gateway, request: Request, caller: Caller) -> Response:
         raise wrong("dry_run", "it must be true or false")
     if "gates" in body:
         body["gates"] = gates_of(body["gates"], Gates())
-    if isinstance(body["to"], str) and not caller.may_use(body["to"]):
-        await gateway.models.find(body["to"], caller)  # which raises unless it is another name of one that it may use
+    await gateway.models.require_usable(body["to"], caller)
     made = await gateway.client.reembed(named.name, **body)
     return answer(made, 200 if isinstance(made, Quote) else 201)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from chunkmill.domain.bridges import Bridge, BridgeQuote
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
@@ -45,7 +46,7 @@ from chunkmill.remote.reading import UnreadableAnswer, parse, read, read_vector
 from tests.support.remotes import Asked, Said, remote, scripted
 
 OF_UPKEEP = [RetriedDead, DroppedDead, DroppedCollection, DeadDetails, Attempt]
-OF_INDEXES = [Index, Keywords, SearchCounts, SearchTuning, Comparison, ComparisonQuote]
+OF_INDEXES = [Index, Keywords, SearchCounts, SearchTuning, Comparison, ComparisonQuote, Bridge, BridgeQuote]
 KINDS = [Job, SearchHit, SearchPlan, Audit, CollectionInfo, DeadEntry, StoredChunk, Budget, *OF_UPKEEP, *OF_INDEXES]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-(2**60), 2**60) | TEXT, lambda s: st.lists(s, max_size=2))

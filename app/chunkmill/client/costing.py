@@ -1,0 +1,116 @@
+"""What texts cost that workers embed while a call waits for them: said before they are sent, and counted meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from decimal import Decimal
+
+import sqlalchemy as sa
+
+from chunkmill.client.estimate import EstimateRequest, provider_rule
+from chunkmill.domain.budget import dollars
+from chunkmill.domain.costs import Spent
+from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
+from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.spaces import SpaceSpec
+from chunkmill.domain.states import Route
+from chunkmill.errors import BudgetExceeded, InvalidSetting
+from chunkmill.ledger.money import budget, charges
+from chunkmill.openai.catalogue import model_for
+from chunkmill.settings import Settings
+from chunkmill.spaces.registry import Space
+
+
+class PricedSpace:
+    """A space, and what it costs to embed texts in it by plain requests."""
+
+    def __init__(
+        self, transaction: Callable[[], AbstractContextManager[sa.Connection]], settings: Settings, space: Space
+    ) -> None:
+        """Raises :class:`InvalidSetting` if a provider serves the space and none is known."""
+        self.space = space
+        self.is_paid = space.spec.provider == OPENAI
+        if self.is_paid:
+            settings.require_provider()
+            on_long = space.spec.long_text.policy
+            self._rule = provider_rule(settings, EstimateRequest(space.spec, Route.OPENAI_SYNC, None, on_long))
+            with transaction() as conn:
+                self._price = charges.price_today(conn, model_for(settings, space.spec))
+
+    def tokens_of(self, texts: Iterable[str]) -> int:
+        """How many tokens a provider is sent, by the rules of an enqueue; for a local model it is an estimate."""
+        if not self.is_paid:
+            return sum(map(estimated_tokens, texts))
+        return self._rule([(b"", text) for text in texts])[0]
+
+    def usd_of(self, tokens: int) -> Decimal | None:
+        """US dollars; 0 for a local model, and None if a provider's model has no price."""
+        if not self.is_paid:
+            return Decimal(0)
+        return None if self._price is None else self._price.of(tokens, Route.OPENAI_SYNC)
+
+
+def sum_of(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    """US dollars; None if one of the amounts is not known."""
+    known = list(amounts)
+    return None if None in known else sum(filter(None, known), Decimal(0))
+
+
+def require_affordable(
+    conn: sa.Connection,
+    settings: Settings,
+    specs: Sequence[SpaceSpec],
+    usd: Decimal | None,
+    *,
+    limit: Decimal | None,
+    what: str,
+    advice: str,
+) -> None:
+    """Raise :class:`BudgetExceeded` if what a call has embedded in these spaces would cost more than ``limit``, or than
+    the month has left, and :class:`InvalidSetting` if a limit cannot be kept because a model has no price.
+    """
+    paid = [spec for spec in specs if spec.provider == OPENAI]
+    if not paid:
+        return
+    for spec in paid:
+        budget.require_budget(conn, settings, spec)
+    left = budget.headroom(conn, settings)
+    if usd is None:
+        if limit is not None:
+            raise InvalidSetting("max_usd is given and a model has no price: give it usd in OPENAI_MODELS.")
+        return
+    for most, name in ((limit, "max_usd"), (left, "what OPENAI_MONTHLY_BUDGET_USD has left this month")):
+        if most is not None and usd > most:
+            raise BudgetExceeded(
+                f"{what} would cost about {dollars(usd)} USD, and {name} is {dollars(most)} USD. {advice}"
+            )
+
+
+class Spending:
+    """Counts what a call spends, for whoever pays for it.
+
+    Texts that are with workers count as :class:`PricedSpace` expects. If the call fails, nobody knows how many of them
+    were embedded, and so they stay counted.
+    """
+
+    def __init__(self, tell: Callable[[Spent], object] | None) -> None:
+        """``tell`` gets the sum before and after each request."""
+        self._tell = tell
+        self._spent = Spent(0, 0, Decimal(0))
+
+    def embed(self, priced: PricedSpace, texts: Sequence[str], ask: Callable[[], EmbeddedTexts]) -> EmbeddedTexts:
+        """What ``ask`` returns, which has these texts embedded."""
+        if self._tell is None or not texts:
+            return ask()
+        before, expected = self._spent, priced.tokens_of(texts)
+        self._note(before, len(texts), expected, priced.usd_of(expected))
+        embedded = ask()
+        tokens = int(embedded.tokens.sum()) or expected  # workers of an earlier release do not say it
+        self._note(before, len(texts), tokens, priced.usd_of(tokens))
+        return embedded
+
+    def _note(self, before: Spent, texts: int, tokens: int, usd: Decimal | None) -> None:
+        self._spent = Spent(before.texts + texts, before.tokens + tokens, sum_of((before.usd, usd)))
+        if self._tell is not None:
+            self._tell(self._spent)
