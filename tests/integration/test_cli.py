@@ -27,6 +27,7 @@ from tests.support import forks
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.forks import Process
+from tests.support.imports import assert_light
 from tests.support.waiting import PATIENCE, until
 
 DOCS = [
@@ -142,6 +143,11 @@ def empty_database(monkeypatch: pytest.MonkeyPatch) -> None:
     url = plain.replace("postgres@", "postgres:hunter2@").replace("/chunkmill?", "/elsewhere?")
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.setenv("REDIS_URL", status.redis_url.replace("db=0", "db=1"))
+
+
+def test_commands_that_find_the_embedded_stack_import_no_more_than_others() -> None:
+    """They ask both servers whether they run, before everything else."""
+    assert_light(["jobs", "collections", "cost", "status"], environment=os.environ)
 
 
 def test_an_empty_database_is_migrated_and_no_password_is_shown(empty_database: None) -> None:
