@@ -33,6 +33,7 @@ from chunkmill.telemetry.logging import without_passwords
 if TYPE_CHECKING:
     import redis  # imported when Redis is asked: a search that finds no worker asks Postgres alone
 
+
 @dataclass(frozen=True, slots=True)
 class Database:
     """What the database server says about itself and about who is connected to it."""
