@@ -352,6 +352,19 @@ def test_the_neighbours_of_a_chunk_come_in_pages_with_reasons(embedded: dict[str
     assert "there is no chunk 'none'" in refusal("search", "--like", "none", "-c", "docs")
 
 
+def test_the_texts_of_a_job_are_not_called_distinct_where_they_may_repeat(embedded: dict[str, Any]) -> None:
+    """Each window counts its own texts, and 3,000 chunks are more than one window."""
+    lines = "".join(json.dumps({"id": str(i), "text": f"repeated text {i % 2}"}) + "\n" for i in range(3_000))
+    enqueued = call("enqueue", "-", "--collection", "repeats", "--wait", "--json", stdin=lines)
+    job = json.loads(enqueued.stdout)
+    assert (job["chunks"], document("audit", "repeats")["contents"]) == (3_000, 2)
+    assert job["contents"] > 2
+    shown = screen("job", str(job["id"]))
+    assert f" {job['contents']}: {job['embedded']} embedded, {job['cached']} from the cache, 0 to go" in shown
+    assert "distinct" not in shown
+    assert "counted again" in " ".join(call("job", "--help").stdout.split())
+
+
 def test_jobs_and_audit(embedded: dict[str, Any]) -> None:
     assert embedded["id"] in [job["id"] for job in document("jobs", "--limit", "50")]
     assert "completed" in screen("jobs")
