@@ -27,6 +27,7 @@ from tests.support import forks
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.forks import Process
+from tests.support.imports import assert_light
 from tests.support.waiting import PATIENCE, until
 
 DOCS = [
@@ -142,6 +143,11 @@ def empty_database(monkeypatch: pytest.MonkeyPatch) -> None:
     url = plain.replace("postgres@", "postgres:hunter2@").replace("/chunkmill?", "/elsewhere?")
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.setenv("REDIS_URL", status.redis_url.replace("db=0", "db=1"))
+
+
+def test_commands_that_find_the_embedded_stack_import_no_more_than_others() -> None:
+    """They ask both servers whether they run, before everything else."""
+    assert_light(["jobs", "collections", "cost", "status"], environment=os.environ)
 
 
 def test_an_empty_database_is_migrated_and_no_password_is_shown(empty_database: None) -> None:
@@ -344,6 +350,19 @@ def test_the_neighbours_of_a_chunk_come_in_pages_with_reasons(embedded: dict[str
     shown = screen("search", "--like", "tls", "-c", "docs", "--explain", "--exact")
     assert "Exact: An exact search was asked for.\n3 chunks compared with the query." in shown
     assert "there is no chunk 'none'" in refusal("search", "--like", "none", "-c", "docs")
+
+
+def test_the_texts_of_a_job_are_not_called_distinct_where_they_may_repeat(embedded: dict[str, Any]) -> None:
+    """Each window counts its own texts, and 3,000 chunks are more than one window."""
+    lines = "".join(json.dumps({"id": str(i), "text": f"repeated text {i % 2}"}) + "\n" for i in range(3_000))
+    enqueued = call("enqueue", "-", "--collection", "repeats", "--wait", "--json", stdin=lines)
+    job = json.loads(enqueued.stdout)
+    assert (job["chunks"], document("audit", "repeats")["contents"]) == (3_000, 2)
+    assert job["contents"] > 2
+    shown = screen("job", str(job["id"]))
+    assert f" {job['contents']}: {job['embedded']} embedded, {job['cached']} from the cache, 0 to go" in shown
+    assert "distinct" not in shown
+    assert "counted again" in " ".join(call("job", "--help").stdout.split())
 
 
 def test_jobs_and_audit(embedded: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -583,6 +584,17 @@ def test_what_is_no_transaction_of_this_database_is_refused(
             raw.execute("SELECT 1 / 0")
         refused(raw, "has failed")
     refused(raw, "closed")
+
+    url = own.url.set(drivername="postgresql").render_as_string(False)
+
+    async def asynchronous() -> None:
+        async with await psycopg.AsyncConnection.connect(url) as conn:
+            refused(conn, "psycopg for asyncio cannot be used.*asyncio.to_thread")
+
+    asyncio.run(asynchronous())
+    # SQLAlchemy's own need greenlet, so they are known by where they come from.
+    for kind in ("AsyncSession", "async_scoped_session", "AsyncConnection"):
+        refused(type(kind, (), {"__module__": "sqlalchemy.ext.asyncio.some"})(), f"type {kind};.*session.run_sync")
     with sa.create_engine("sqlite://").connect() as conn:
         refused(conn, "connection to sqlite")
     with orm.Session(own) as failed:

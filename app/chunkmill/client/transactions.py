@@ -114,8 +114,13 @@ def as_transaction(given: object) -> OuterTransaction:
             raise InvalidInput("within is a transaction that has failed. Roll it back before you enqueue in a new one.")
         return _PsycopgTransaction(given)
     advice = ""
-    if type(given).__name__ in ("AsyncSession", "AsyncConnection"):
-        advice = " With an asynchronous one: await session.run_sync(lambda s: client.enqueue(..., within=s))."
+    if isinstance(given, psycopg.AsyncConnection):
+        advice = (
+            " A connection of psycopg for asyncio cannot be used. Open a psycopg.Connection and call `enqueue` in a "
+            "thread (asyncio.to_thread), or use an AsyncSession or an AsyncConnection of SQLAlchemy."
+        )
+    elif type(given).__module__.startswith("sqlalchemy.ext.asyncio"):
+        advice = " With an AsyncSession: await session.run_sync(lambda s: client.enqueue(..., within=s))."
     raise InvalidInput(
         f"within is of type {type(given).__name__}; it must be a Session or a Connection of SQLAlchemy, or a "
         f"Connection of psycopg, with a transaction of yours.{advice}"

@@ -34,8 +34,9 @@ class Job(PrintedResult):
     chunks: int
     """Accepted chunks."""
     contents: int
-    """Distinct texts of these chunks. A text that comes again in a later window of the same enqueue counts again, and
-    is embedded once."""
+    """Texts of these chunks, where repeated ones count once in each window (up to 5,000 chunks) of the enqueue. A text
+    that comes again in a later window counts again, here and as cached or embedded, although it is embedded once.
+    ``audit`` counts the distinct texts of a collection."""
     cached: int
     """Contents that had a vector when they were enqueued."""
     embedded: int

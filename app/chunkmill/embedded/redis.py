@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from chunkmill.domain.fixes import FIXES
@@ -57,8 +57,8 @@ class Redis:
         """Ask the server for its status, and start nothing. `started` is passed on."""
         pid = self._pid()
         info = self._ask() if pid else None
-        port = info["tcp_port"] if info else self._port
-        version = str(info.get("valkey_version", info["redis_version"])) if info else None
+        port = int(info["tcp_port"]) if info else self._port
+        version = info.get("valkey_version", info["redis_version"]) if info else None
         login = f"{kept.USER}:{kept.password(self._home, 'redis')}"
         url = f"redis://{login}@127.0.0.1:{port}/0" if port else f"unix://{quote(os.fsencode(self._socket))}?db=0"
         return ServerStatus("redis", info is not None, pid, url, version, started, self.log)
@@ -70,13 +70,12 @@ class Redis:
         """
         running = self._pid()
         if running is not None and (info := self._wait_for_answer(running)):
-            if self._asked not in (None, info["tcp_port"]):
-                raise EmbeddedStackError(
-                    process.other_port("Redis", running, info["tcp_port"], self._asked, "--redis-port")
-                )
-            if info["tcp_port"] and self._ask(login=False):
-                raise EmbeddedStackError(process.open_to_all("Redis", running, info["tcp_port"], "--redis-port"))
-            kept.keep_port(self._home, "redis", info["tcp_port"])
+            port = int(info["tcp_port"])
+            if self._asked not in (None, port):
+                raise EmbeddedStackError(process.other_port("Redis", running, port, self._asked, "--redis-port"))
+            if port and self._ask(login=False):
+                raise EmbeddedStackError(process.open_to_all("Redis", running, port, "--redis-port"))
+            kept.keep_port(self._home, "redis", port)
             return False
         account = server_account()
         program = find_program()  # also if the server was found but was just ending
@@ -113,36 +112,38 @@ class Redis:
         pid = process.read_pid(self._pid_file)
         return pid if pid is not None and process.is_ours(pid, self._marker) else None
 
-    def _ask(self, *, login: bool = True) -> dict[str, Any] | None:
-        """The answer to INFO server; None if there is none (yet). Without `login` also if it asks for a password."""
-        import redis  # a client with addresses of its own asks no embedded stack
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+    def _ask(self, *, login: bool = True) -> dict[str, str] | None:
+        """The answer to INFO server; None if there is none (yet). Without `login` also if it asks for a password.
 
-        answer: dict[str, Any]
-        for user, password in ((None, None), (kept.USER, kept.password(self._home, "redis")))[: 1 + login]:
-            with redis.Redis(
-                unix_socket_path=str(self._socket),
-                username=user,
-                password=password,
-                socket_timeout=5,
-                retry=Retry(NoBackoff(), 0),
-            ) as client:
-                try:
-                    answer = client.info("server")
-                except redis.AuthenticationError:
-                    continue
-                except (redis.ConnectionError, redis.TimeoutError):  # BusyLoadingError is a ConnectionError
-                    return None
-                return answer
-        return None
+        It is asked in the protocol's inline form, because to import the client of Redis takes longer than what most
+        commands do, and every command that uses the embedded stack asks this first.
+        """
+        password = kept.password(self._home, "redis")
+        try:
+            with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as answers:
+                connection.settimeout(5)
+                connection.connect(str(self._socket))
+                connection.sendall(b"INFO server\r\n")
+                line = answers.readline()
+                if line.startswith(b"-NOAUTH") and login:
+                    connection.sendall(f"AUTH {kept.USER} {password}\r\nINFO server\r\n".encode())
+                    answers.readline()  # if it is refused, the next line is too
+                    line = answers.readline()
+                if not line.startswith(b"$"):
+                    return None  # it asks for a password, or is still loading its data
+                body = answers.read(int(line[1:]))
+        except OSError:
+            return None
+        if len(body) < int(line[1:]):
+            return None  # it ended meanwhile
+        return dict(entry.split(":", 1) for entry in body.decode().splitlines() if ":" in entry)
 
-    def _wait_for_answer(self, pid: int) -> dict[str, Any] | None:
+    def _wait_for_answer(self, pid: int) -> dict[str, str] | None:
         """The answer to INFO server as soon as the process answers; None if it ends before that."""
         deadline = time.monotonic() + process.START_SECONDS
         while process.is_ours(pid, self._marker):
             info = self._ask()
-            if info is not None and info["process_id"] == pid:
+            if info is not None and int(info["process_id"]) == pid:
                 return info
             if time.monotonic() > deadline:
                 raise EmbeddedStackError(

@@ -82,7 +82,7 @@ class Stack:
         port: int | None = None,
         redis_port: int | None = None,
     ) -> None:
-        # These import psycopg and redis-py, which a command that only looks for a folder does not need.
+        # The first one imports psycopg, which a command that only looks for a folder does not need.
         from chunkmill.embedded.postgres import Postgres
         from chunkmill.embedded.redis import Redis
 

@@ -6,8 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import redis
 import sqlalchemy as sa
 
 from chunkmill.broker import Broker
@@ -29,6 +29,9 @@ from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 from chunkmill.telemetry.logging import without_passwords
+
+if TYPE_CHECKING:
+    import redis  # imported when Redis is asked: a search that finds no worker asks Postgres alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,13 @@ def read_status(settings: Settings) -> Status:
     except sa.exc.DBAPIError as error:
         database = None
         database_error = str(error.orig).splitlines()[0]
+    from redis import RedisError
+
     broker = Broker.connect(settings)
     try:
         server = _redis(broker.client)
         doorbells = broker.doorbells_by_queue()
-    except (redis.RedisError, OSError) as error:
+    except (RedisError, OSError) as error:
         redis_error = f"cannot use Redis at {without_passwords(settings.require_redis_url())}: {error}"
     finally:
         broker.close()
@@ -262,7 +267,9 @@ def _redis(client: redis.Redis) -> RedisServer:
 
 
 def _config(client: redis.Redis, name: str) -> str | None:
+    from redis import ResponseError
+
     try:
         return str(client.config_get(name)[name])
-    except (redis.ResponseError, KeyError):  # hosted servers refuse CONFIG
+    except (ResponseError, KeyError):  # hosted servers refuse CONFIG
         return None

@@ -35,8 +35,9 @@ def show_attempts(screen: Screen, attempts: Sequence[Attempt]) -> None:
             ],
         )  # fmt: skip
     totals = attempt_totals(attempts)
+    left_out = " (the table shows those that ended early)" if 0 < len(listed) < len(attempts) else ""
     screen.say(
-        f"{count(totals['attempts'], 'attempt')}, {count(totals['deaths'], 'death')}, "
+        f"{count(totals['attempts'], 'attempt')}{left_out}, {count(totals['deaths'], 'death')}, "
         f"{count(totals['recomputed'], 'text')} recomputed, at most {totals['most_at_risk']:,} at risk at a time."
     )
 

@@ -344,6 +344,9 @@ def job(
 ) -> None:
     """Show one job: its state, its counts and its dead chunks.
 
+    A text that comes again in a later part of the same enqueue is embedded once and counted again. `chunkmill audit`
+    counts the distinct texts of a collection.
+
     The exit code is 4 if the job failed or was cancelled. With --wait, 0 means that the job is complete.
     """
     with Client.from_env() as client:
@@ -473,9 +476,10 @@ def show_job(
         "model": job.model,
         "space": job.space[:12],
         "route": f"{job.route}, priority {job.priority}",
-        "chunks": f"{job.chunks:,}, with {count(job.contents, 'distinct text')}",
+        "chunks": f"{job.chunks:,}",
         "stored": _stored(job),
-        "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {_left(job)}",
+        # They need not be distinct: one that comes again in a later window is counted again.
+        "texts": f"{job.contents:,}: {job.embedded:,} embedded, {job.cached:,} from the cache, {_left(job)}",
         "truncated": count(job.truncated, "text") if job.truncated else None,
         "dead": count(job.dead, "chunk") if job.dead else None,
         "tokens": _tokens(job) if job.tokens else None,

@@ -137,7 +137,7 @@ class _Run:
         began = time.monotonic()
         with self._step("enqueueing") as said:
             job = client.enqueue(chunks, collection=COLLECTION)
-            said.append(f"{count(job.chunks, 'chunk')} enqueued: {count(job.contents, 'distinct text')}")
+            said.append(f"{count(job.chunks, 'chunk')} enqueued, with {count(job.contents, 'text')}")
         with self._step("") as said:
             job = follow(self.screen, client, job.id, on_look=self._require_alive)
             seconds = time.monotonic() - began
