@@ -255,6 +255,26 @@ def test_a_call_that_is_repeated_keeps_what_jobs_of_lower_numbers_have_written_s
     assert ids(producer) == kept
 
 
+def test_a_call_that_died_while_it_wrote_keeps_what_later_jobs_have_written_since(
+    producer: Client, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that goes on with it begins after them, but its job was there before them."""
+    producer.enqueue(some(*range(6)), collection="docs")
+    producer.enqueue(some(*range(30, 33)), collection="other")
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(producer, "_ring", die)  # after the first window
+        producer.enqueue(some(0, *range(7, 17)), **KEYED)
+    begun = producer.jobs(1)[0]
+    client.enqueue([*some(20), ("id-04", "replaced since")], collection="docs")
+    job = producer.enqueue(some(0, *range(7, 17)), **KEYED)
+    assert (job.id, job.deleted, ids(producer)) == (begun.id, 4, names(0, 4, *range(7, 17), 20))
+    assert ids(producer, "other") == names(30, 31, 32)
+
+
 def test_a_call_that_is_repeated_deletes_nothing_if_others_have_found_chunks_unchanged_since(
     producer: Client, client: Client, dies: Callable[[Any], None]
 ) -> None:
