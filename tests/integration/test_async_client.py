@@ -916,3 +916,11 @@ def test_golden_queries_are_read_and_written_beside_the_loop(aio: AsyncClient, t
         assert await golden.clear() == 1
 
     run(story())
+
+
+def test_what_is_no_client_is_refused_without_a_word_of_it() -> None:
+    with pytest.raises(InvalidInput, match=r"client is of type str; .* await AsyncClient\.from_env\(\)") as refused:
+        AsyncClient("postgresql://user:secret@host/db")  # type: ignore[arg-type]
+    assert "secret" not in str(refused.value)
+    with pytest.raises(TypeError, match=r"AsyncClient\.__init__\(\) missing .* 'client'"):
+        AsyncClient()  # type: ignore[call-arg]

@@ -15,6 +15,7 @@ from chunkmill.client.aio.threads import Threads
 from chunkmill.client.aio.verbs import AsyncVerbs
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
+from chunkmill.errors import InvalidInput
 
 __all__ = ["AsyncBatcher", "AsyncClient", "AsyncGoldenQueries"]
 
@@ -35,7 +36,17 @@ class AsyncClient(AsyncVerbs):
     at a time. Five other long calls, such as enqueues, run at a time, and further ones wait. An AsyncClient may be used
     in several event loops and from several threads. A process that is forked from one with an AsyncClient may use it in
     an event loop of its own. If the interpreter ends while a call runs, the call ends as in a process that is killed.
+
+    Raises :class:`InvalidInput` if ``client`` is no :class:`Client`.
     """
+
+    def __init__(self, client: Client) -> None:
+        if not isinstance(client, Client):
+            raise InvalidInput(
+                f"client is of type {type(client).__name__}; it must be a Client, as in "
+                "AsyncClient(Client(…)). For one of the environment's settings call: await AsyncClient.from_env()"
+            )
+        super().__init__(client)
 
     def batcher(
         self,
