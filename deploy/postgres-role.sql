@@ -253,6 +253,14 @@ BEGIN
         EXECUTE format('GRANT SELECT (%s) ON %s TO chunkmill_pollers', shown.columns, shown.name);
     END LOOP;
 
+    -- Whether old texts are served is for producers to say.
+    IF to_regprocedure(format('%I.serve_outdated_chunks(integer, boolean)', home)) IS NOT NULL THEN
+        EXECUTE format(
+            'REVOKE EXECUTE ON FUNCTION %I.serve_outdated_chunks(integer, boolean) '
+            'FROM chunkmill_workers, chunkmill_pollers', home
+        );
+    END IF;
+
     -- The views of the collections are in a schema of their own, which the functions of the migrator fill.
     IF to_regprocedure(format('%I.view_schema_name(text)', home)) IS NOT NULL THEN
         -- Only a migration hides the views, and only `chunkmill prune` drops spaces.

@@ -405,6 +405,7 @@ MAY = {
     "DELETE FROM outdated_chunks": "",
     "INSERT INTO outdated_collections VALUES (1)": "",
     "SELECT tidy_outdated_chunks(10)": "producer worker poller",
+    "SELECT serve_outdated_chunks(1, false)": "producer",
     "SELECT text FROM golden_queries": "producer worker reader",
     "SELECT query_id FROM golden_queries": "producer worker poller reader",
     "DELETE FROM golden_queries WHERE false": "producer",

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from chunkmill import Chunk, Client, Hits, InvalidInput, NotFound, SearchHit, StoreUnavailable
 from chunkmill.db.connect import create_db
+from chunkmill.domain.chunks import content_hash
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
@@ -66,9 +67,7 @@ def copies(db: sa.Engine) -> list[str]:
 
 
 def tidied(db: sa.Engine, client: Client, settings: Settings) -> list[str]:
-    """The copies that a poller leaves when all are older than it waits for."""
-    with db.begin() as conn:
-        conn.execute(sa.text("UPDATE outdated_chunks SET replaced_at = replaced_at - interval '1 hour'"))
+    """The copies that a poller leaves."""
     Poller(db, client._broker, settings).round()
     return copies(db)
 
@@ -136,12 +135,24 @@ def test_a_dropped_collection_takes_its_copies_along(plain: Client, db: sa.Engin
     assert old_ids(search(plain, "others")) == ["c1"]
 
 
-def test_a_filter_looks_at_the_metadata_that_a_chunk_has_now(filled: Client) -> None:
-    filled.enqueue([Chunk("c1", "new 1", {"even": True}), Chunk("c2", "new 2", {"even": False})], collection="docs")
-
+def test_a_filter_must_pass_what_a_chunk_was_and_what_it_is(filled: Client) -> None:
+    """It may say who may see a chunk: neither a looser nor a tighter one shows an old text to anybody new."""
+    filled.enqueue(
+        [
+            Chunk("c1", "new 1", {"even": True}),
+            Chunk("c2", "new 2", {"even": False}),
+            Chunk("c4", "new 4", {"even": True, "seen": True}),
+        ],
+        collection="docs",
+    )
     hits = filled.search(QUERY, collection="docs", filter={"even": True})
-    assert ids(hits) == ["c0", "c1", "c4"]
-    assert old_ids(hits) == ["c1"]
+    assert ids(hits) == ["c0", "c4"]
+    assert [(hit.outdated, dict(hit.metadata)) for hit in hits] == [
+        (False, {"even": True}), (True, {"even": True, "seen": True}),
+    ]  # fmt: skip
+    assert ids(filled.search(QUERY, collection="docs", filter={"even": False})) == ["c3", "c5"]
+    assert ids(filled.search(QUERY, collection="docs", filter={"seen": True})) == []
+    assert old_ids(search(filled)) == ["c1", "c2", "c4"]
 
 
 def test_the_old_text_outlives_the_deletion_of_another_chunk_with_it(plain: Client, db: sa.Engine) -> None:
@@ -217,11 +228,8 @@ def test_it_is_ended_and_its_copies_are_deleted(plain: Client, db: sa.Engine) ->
 def test_a_poller_deletes_what_no_search_reads(plain: Client, db: sa.Engine, settings: Settings) -> None:
     plain.enqueue([("c1", "new 1"), ("c2", "new 2"), ("c3", "new 3")], collection="docs")
     embed(db, {"new 2": (1, 1)})
-    Poller(db, plain._broker, settings).round()
-    assert copies(db) == ["c1", "c2", "c3"]  # younger than a minute
-
     assert tidied(db, plain, settings) == ["c1", "c3"]
-    with db.begin() as conn:  # as after a move to another space
+    with db.begin() as conn:  # as after a move to another space, which has ended
         conn.execute(sa.text("UPDATE outdated_chunks SET space_id = space_id + 1 WHERE chunk_id = 'c1'"))
     assert old_ids(search(plain)) == ["c3"]
     assert tidied(db, plain, settings) == ["c3"]
@@ -229,6 +237,55 @@ def test_a_poller_deletes_what_no_search_reads(plain: Client, db: sa.Engine, set
         conn.execute(sa.text("DELETE FROM outdated_collections"))
     assert old_ids(search(plain)) == []
     assert tidied(db, plain, settings) == []
+
+
+def test_a_poller_leaves_what_an_enqueue_is_about_to_keep(plain: Client, db: sa.Engine, settings: Settings) -> None:
+    """The chunk has its vector, and an enqueue that has not committed yet replaces it again."""
+    plain.enqueue([("c1", "new 1"), ("c2", "new 2")], collection="docs")
+    embed(db, {"new 1": (1, 0.11), "new 2": (1, 0.22)})
+    replace = "UPDATE chunks SET content_hash = :hash WHERE chunk_id = 'c1' AND content_hash = :old"
+    with db.begin() as conn:
+        insert = "INSERT INTO contents (content_hash, text) VALUES (:hash, 'newer 1')"
+        conn.execute(sa.text(insert), {"hash": content_hash("newer 1")})
+    with db.connect() as enqueue, enqueue.begin():
+        enqueue.execute(sa.text(replace), {"hash": content_hash("newer 1"), "old": content_hash("new 1")})
+        assert tidied(db, plain, settings) == ["c1"]
+    assert {hit.chunk_id: hit.text for hit in search(plain) if hit.outdated} == {"c1": "new 1"}
+    assert tidied(db, plain, settings) == ["c1"]
+
+
+def test_what_was_left_when_it_was_ended_is_not_served_when_it_begins_again(plain: Client, db: sa.Engine) -> None:
+    plain.outdated("others", serve=True)
+    for collection in ("docs", "others"):
+        plain.enqueue([("c1", "new 1")], collection=collection)
+    with db.begin() as conn:  # the copies stay, as those of an enqueue that was under way
+        conn.execute(sa.text("DELETE FROM outdated_collections"))
+    embed(db, {"new 1": (1, 1)})
+    plain.enqueue([("c1", "newer 1")], collection="docs")
+    plain.outdated("docs", serve=True)
+    assert old_ids(search(plain)) == []
+    assert copies(db) == ["c1"]
+
+
+def test_to_set_it_again_leaves_the_copies(plain: Client) -> None:
+    plain.enqueue([("c1", "new 1")], collection="docs")
+    assert plain.outdated("docs", serve=True).waiting == 1
+
+
+def test_writers_go_on_while_the_table_of_chunks_is_held(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.enqueue([("a", "text")], collection="docs")
+    tries: list[float] = []
+    monkeypatch.setattr(outdated, "TRIES", 3)
+    monkeypatch.setattr("chunkmill.store.outdated.time.sleep", tries.append)
+    with db.connect() as vacuum, vacuum.begin():
+        vacuum.execute(sa.text("LOCK TABLE chunks IN SHARE UPDATE EXCLUSIVE MODE"))
+        with pytest.raises(StoreUnavailable, match=r"held in each of 3 tries.*a VACUUM.*nothing was changed"):
+            client.outdated("docs", serve=True)
+    assert tries == [outdated.PAUSE_S] * 3
+    assert not client.outdated("docs").is_served
+    assert client.outdated("docs", serve=True).is_served
 
 
 def test_what_is_asked_for_is_checked(client: Client) -> None:

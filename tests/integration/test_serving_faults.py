@@ -198,6 +198,7 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
         ("MORE_CANDIDATES", 3),
         ("MAX_SCANNED", 1),
         ("LEAST_SPREAD", 0),
+        ("MAX_EXACT", 2),  # the filter leaves more, so the search is not exact because of it
     ):
         monkeypatch.setattr(searching, name, value)
     steps = directions(60)

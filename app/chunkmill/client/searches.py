@@ -69,12 +69,13 @@ class Searches(ClientPart):
 
         By default they do not: a chunk whose text was replaced cannot be found until a worker has embedded the new
         text. With ``serve=True`` a chunk that is replaced from then on is found by its old vector and shown with its
-        old text, and ``outdated`` of the hit says so. Its metadata are the new ones, which filters look at. From the
-        commit that writes the new vector on, the chunk is found by that; a chunk that is deleted is not found at all.
-        Old texts and vectors are copied for as long as that takes, and each search compares its query with all of
-        them. Keywords find new texts only. ``serve=False`` ends it and deletes the copies.
+        old text, and ``outdated`` of the hit says so. Its metadata are the new ones. A filter must pass both the old
+        and the new ones. From the commit that writes the new vector on, the chunk is found by that; a chunk that is
+        deleted is not found at all. Old texts and vectors are copied for as long as that takes, and each search
+        compares its query with all of them. Keywords find new texts only. ``serve=False`` ends it and deletes the
+        copies.
 
-        Raises :class:`NotFound`, and :class:`StoreUnavailable` if writers held the chunks for 10 s when the first
+        Raises :class:`NotFound`, and :class:`StoreUnavailable` if the table of chunks was held for 20 s when the first
         collection was set so.
         """
         require_name("collection", collection)

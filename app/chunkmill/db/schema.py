@@ -327,17 +327,17 @@ class OutdatedCollectionRow(Base):
 
 
 class OutdatedChunkRow(Base):
-    """What a chunk was when it last had a vector. Triggers write it, and it is read while the chunk has none."""
+    """What a chunk was when it last had a vector in a space. Triggers write it; it is read while the chunk has none."""
 
     __tablename__ = "outdated_chunks"
 
     collection_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     chunk_id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
-    space_id: Mapped[int] = mapped_column(sa.Integer)
+    space_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     text: Mapped[str] = mapped_column(sa.Text)
+    chunk_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", JSONB)
     embedding: Mapped[Any] = mapped_column(VECTOR())
     truncated: Mapped[bool] = mapped_column(sa.Boolean)
-    replaced_at: Mapped[datetime] = mapped_column(TIMESTAMP)
 
 
 class KeywordIndexRow(Base):

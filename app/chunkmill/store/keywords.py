@@ -520,12 +520,22 @@ def score_both(
 
 def score_text(conn: sa.Connection, index: KeywordIndex, terms: Sequence[Term], text: str) -> float:
     """The keyword score of a text that need not be stored."""
-    if not terms:
-        return 0.0
+    return score_texts(conn, index, terms, [text])[0]
+
+
+def score_texts(conn: sa.Connection, index: KeywordIndex, terms: Sequence[Term], texts: Sequence[str]) -> list[float]:
+    """The keyword scores of texts that need not be stored, in the same order."""
+    if not terms or not texts:
+        return [0.0] * len(texts)
     score, parameters = _score(terms)
-    statement = f"SELECT {score} FROM (SELECT to_tsvector(CAST(:language AS regconfig), left(:text, 65536)) AS terms) k"
-    parameters |= {"language": index.language, "text": text}
-    return float(conn.execute(sa.text(statement), parameters).scalar_one())
+    statement = f"""
+        SELECT {score} AS score
+        FROM unnest(CAST(:texts AS text[])) WITH ORDINALITY AS t(text, place)
+        CROSS JOIN LATERAL (SELECT to_tsvector(CAST(:language AS regconfig), left(t.text, 65536)) AS terms) k
+        ORDER BY t.place
+    """
+    rows = conn.execute(sa.text(statement), parameters | {"language": index.language, "texts": list(texts)})
+    return [float(score) for score in rows.scalars()]
 
 
 def depth(k: int, offset: int | None) -> int:
@@ -592,7 +602,10 @@ def candidates(
         both = score_both(conn, index, space, query, terms, ids)
         # A chunk that has only its old vector gets the keyword score of its old text.
         old = [hit for hit in nearest if hit.outdated]
-        return both + [Candidate(hit.chunk_id, hit.score, score_text(conn, index, terms, hit.text), hit) for hit in old]
+        scores = score_texts(conn, index, terms, [hit.text for hit in old])
+        return both + [
+            Candidate(hit.chunk_id, hit.score, keyword, hit) for hit, keyword in zip(old, scores, strict=True)
+        ]
     except sa.exc.ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
             raise StoreUnavailable("the keywords of the collection were dropped meanwhile. Search again.") from None

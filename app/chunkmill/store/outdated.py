@@ -6,19 +6,23 @@ commit that writes the new vector on, a copy is not read any more, and a poller 
 
 from __future__ import annotations
 
+import time
 from weakref import WeakSet
 
 import psycopg
 import sqlalchemy as sa
 
+from chunkmill.domain.filters import Filter
 from chunkmill.domain.results import SearchHit
 from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.system.numbers import NDArray, np
 
-PATIENCE_S = 10
-"""How many seconds the creation of the triggers waits for transactions that write."""
+TRIES = 20
+"""How often the creation of the triggers is tried, for half a second each time: writers wait meanwhile."""
+PAUSE_S = 0.5
+"""How many seconds pass between two tries, in which writers go on."""
 SLICE = 5_000
 """How many copies of a collection a poller deletes in one transaction."""
 
@@ -35,42 +39,60 @@ def are_kept(conn: sa.Connection) -> bool:
 def serve(conn: sa.Connection, collection_id: int, *, wanted: bool) -> None:
     """From this commit on keep what chunks were when they are replaced, or forget it.
 
-    Raises :class:`StoreUnavailable` on the schema of an earlier release, and if transactions that write never paused,
-    so that the triggers could not be created.
+    Raises :class:`StoreUnavailable` on the schema of an earlier release, and if others held the table of chunks in each
+    try, so that the triggers could not be created.
     """
     if not are_kept(conn):
         raise StoreUnavailable("the database has no tables for outdated chunks yet. Run: chunkmill migrate")
-    conn.execute(sa.text(f"SET LOCAL lock_timeout = '{PATIENCE_S}s'"))
-    try:
-        call = "SELECT serve_outdated_chunks(:collection, :wanted)"
-        conn.execute(sa.text(call), {"collection": collection_id, "wanted": wanted})
-    except sa.exc.OperationalError as error:
-        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
-            raise StoreUnavailable(
-                f"writers held the chunks for {PATIENCE_S} s, so nothing was changed. Make the call again."
-            ) from None
-        raise
+    for _ in range(TRIES):
+        try:
+            with conn.begin_nested():
+                conn.execute(sa.text("SET LOCAL lock_timeout = '500ms'"))
+                call = "SELECT serve_outdated_chunks(:collection, :wanted)"
+                conn.execute(sa.text(call), {"collection": collection_id, "wanted": wanted})
+        except sa.exc.OperationalError as error:
+            if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                raise
+            time.sleep(PAUSE_S)
+        else:
+            return
+    raise StoreUnavailable(
+        f"the table of chunks was held in each of {TRIES} tries, by writers, a VACUUM or the building of an index, so "
+        "nothing was changed. Make the call again."
+    )
 
 
 def is_served(conn: sa.Connection, collection_id: int) -> bool:
     """Whether searches of the collection find replaced chunks by their old vectors."""
-    query = "SELECT EXISTS (SELECT FROM outdated_collections o WHERE o.collection_id = :collection)"
-    if conn.engine in _with_outdated:
-        try:
-            return bool(conn.execute(sa.text(query), {"collection": collection_id}).scalar_one())
-        except sa.exc.ProgrammingError as error:
-            if isinstance(error.orig, psycopg.errors.UndefinedTable):
-                _with_outdated.discard(conn.engine)  # the schema was downgraded since
-            raise
-    if not are_kept(conn):
-        return False
-    _with_outdated.add(conn.engine)
-    return is_served(conn, collection_id)
+    if conn.engine not in _with_outdated:
+        if not are_kept(conn):
+            return False
+        _with_outdated.add(conn.engine)
+    try:
+        query = f"SELECT {condition(conn)}"
+        return bool(conn.execute(sa.text(query), {"collection": collection_id}).scalar_one())
+    except sa.exc.ProgrammingError as error:
+        forget_schema(conn, error)
+        raise
+
+
+def condition(conn: sa.Connection) -> str | None:
+    """What :func:`is_served` says, as a condition in SQL on ``:collection``; None if the schema is not known to have
+    the tables."""
+    if conn.engine not in _with_outdated:
+        return None
+    return "EXISTS (SELECT FROM outdated_collections o WHERE o.collection_id = :collection)"
+
+
+def forget_schema(conn: sa.Connection, error: sa.exc.ProgrammingError) -> None:
+    """After an error of a statement with :func:`condition`: the schema may have been downgraded since."""
+    if isinstance(error.orig, psycopg.errors.UndefinedTable):
+        _with_outdated.discard(conn.engine)
 
 
 def count(conn: sa.Connection, space: Space, collection_id: int) -> int:
     """How many chunks are found by their old vectors now."""
-    query = f"SELECT count(*) FROM {_waiting(space, '')}"
+    query = f"SELECT count(*) FROM {_waiting(space)}"
     n: int = conn.execute(sa.text(query), {"collection": collection_id, "space": space.id}).scalar_one()
     return n
 
@@ -82,18 +104,21 @@ def nearest(
     query: str,
     collection_id: int,
     k: int,
-    filtered: str,
-    parameters: dict[str, object],
+    where: Filter | None,
 ) -> list[SearchHit]:
     """The ``k`` chunks whose old vectors are nearest to ``query``, a vector as a text of Postgres; best first.
 
-    Only chunks without a vector are among them. ``filtered`` is a condition on the chunk ``c``, with an AND before it
-    and its ``parameters``: the metadata are the new ones.
+    Only chunks without a vector are among them. Both the metadata that a chunk had with its old text and those that it
+    has now must pass the filter ``where``, because a filter may say who may see a chunk. The hits have the new ones.
     """
+    new, parameters = (where or Filter()).sql("o.metadata")
+    old, _ = (where or Filter()).sql("o.old_metadata")
+    distance = f"CAST(o.embedding AS {space.vector_type}) <=> CAST(:query AS {space.vector_type})"
     statement = f"""
-        SELECT 1 - (o.embedding <=> CAST(:query AS vector)) AS score, o.chunk_id, o.text, o.metadata, o.truncated
-        FROM {_waiting(space, filtered)}
-        ORDER BY o.embedding <=> CAST(:query AS vector), o.chunk_id
+        SELECT 1 - ({distance}) AS score, o.chunk_id, o.text, o.metadata, o.truncated
+        FROM {_waiting(space)}
+        WHERE ({new}) AND ({old})
+        ORDER BY {distance}, o.chunk_id
         LIMIT :k
     """
     given = parameters | {"query": query, "collection": collection_id, "space": space.id, "k": k}
@@ -105,7 +130,7 @@ def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_i
     """The old vector of a chunk that has no new one yet, ``(d,)`` float32; None if there is none."""
     if not is_served(conn, collection.id):
         return None
-    query = f"SELECT CAST(o.embedding AS real[]) FROM {_waiting(space, 'AND c.chunk_id = :id')}"
+    query = f"SELECT CAST(o.embedding AS real[]) FROM {_waiting(space)} WHERE o.chunk_id = :id"
     parameters = {"collection": collection.id, "space": space.id, "id": chunk_id}
     values = conn.execute(sa.text(query), parameters).scalar_one_or_none()
     return None if values is None else np.array(values, np.float32)
@@ -119,12 +144,12 @@ def tidy(conn: sa.Connection) -> int:
     return n
 
 
-def _waiting(space: Space, filtered: str) -> str:
-    """The copies ``o`` of chunks that have no vector, with the chunks' metadata."""
+def _waiting(space: Space) -> str:
+    """The copies ``o`` of the collection's chunks that have no vector, with the metadata of then and of now."""
     return f"""(
-            SELECT o.chunk_id, o.text, c.metadata, o.truncated, o.embedding
+            SELECT o.chunk_id, o.text, o.metadata AS old_metadata, c.metadata, o.truncated, o.embedding
             FROM outdated_chunks o
             JOIN chunks c ON c.collection_id = o.collection_id AND c.chunk_id = o.chunk_id
-            WHERE o.collection_id = :collection AND o.space_id = :space {filtered}
+            WHERE o.collection_id = :collection AND o.space_id = :space
               AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)
         ) o"""

@@ -131,24 +131,37 @@ def search_all(
     raises :class:`SpaceLeft`.
     """
     see_one_moment(conn)
+    of_outdated = outdated.condition(conn)
     prepare = f"""
         SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
                set_config('hnsw.iterative_scan', 'relaxed_order', true),
                set_config('hnsw.max_scan_tuples', :most, true),
                {segments.ARE_KEPT} AS has_indexes,
+               {of_outdated or "false"} AS has_outdated,
                {is_served} AS is_served
     """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
     moment: dict[str, object] = {"most": str(MAX_SCANNED)}
+    if is_served != "true" or of_outdated:
+        moment |= {"collection": collection_id}
     if is_served != "true":
-        moment |= {"collection": collection_id, "space": space.id}
-    settings = conn.execute(sa.text(prepare), moment).one()
+        moment |= {"space": space.id}
+    try:
+        settings = conn.execute(sa.text(prepare), moment).one()
+    except sa.exc.ProgrammingError as error:
+        outdated.forget_schema(conn, error)
+        raise
     if not settings.is_served:
         raise SpaceLeft
     end = (offset or 0) + k + (without is not None)
     condition, parameters = (where or Filter()).sql("c.metadata")
     asked = _CallContext(
-        conn, space, f"AND {condition}" if where else "", parameters | {"collection": collection_id, "space": space.id}
+        conn,
+        space,
+        f"AND {condition}" if where else "",
+        parameters | {"collection": collection_id, "space": space.id},
+        where=where,
+        has_outdated=outdated.is_served(conn, collection_id) if of_outdated is None else settings.has_outdated,
     )
     index, passing, share, because, wanted = None, None, 1.0, "An exact search was asked for.", end
     if not exact and offset is None and end > MAX_K_THROUGH_SEGMENTS:
@@ -171,7 +184,7 @@ def search_all(
             because = f"{because}, and {said}."
             if passing is not None:
                 index, because = None, f"Only {passing.n:,} chunks pass the filter."
-    asked = replace(asked, share=share, has_outdated=outdated.is_served(conn, collection_id))
+    asked = replace(asked, share=share)
     lists = [asked.with_outdated(query, end, wanted, index, passing, because, explain) for query in queries]
     return [
         Hits([hit for hit in hits if hit.chunk_id != without][offset or 0 :][:k], hits.explanation) for hits in lists
@@ -241,6 +254,8 @@ class _CallContext:
     parameters: dict[str, object]
     share: float = 1.0
     """About what share of the collection passes the filter."""
+    where: Filter | None = None
+    """The filter itself."""
     has_outdated: bool = False
     """Replaced chunks are found by their old vectors until they have their new ones."""
 
@@ -264,8 +279,7 @@ class _CallContext:
             query=_written(query),
             collection_id=int(str(self.parameters["collection"])),
             k=k,
-            filtered=self.filtered,
-            parameters=self.parameters,
+            where=self.where,
         )
         plan = hits.explanation
         if plan and old:

@@ -66,11 +66,11 @@ PIECES: dict[str, dict[str, str]] = {
     },
     "app/chunkmill/store/keywords.py": {"condition": A_FILTER, "score": "a query has as many terms as it has words"},
     "app/chunkmill/store/outdated.py": {
-        "filtered": A_FILTER,
-        **dict.fromkeys(
-            ("_waiting(space, filtered)", "_waiting(space, '')", "_waiting(space, 'AND c.chunk_id = :id')"),
-            "what is found, counted and taken as a query must be the same chunks",
-        ),
+        "new": A_FILTER,
+        "old": A_FILTER,
+        "condition(conn)": OF_AN_OLD_SCHEMA,
+        "distance": "hits are ordered by what their scores are made of",
+        "_waiting(space)": "what is found, counted and taken as a query must be the same chunks",
     },
     "app/chunkmill/store/read.py": {
         "hashes": "two libraries run it, which write parameters in two ways",
@@ -83,6 +83,7 @@ PIECES: dict[str, dict[str, str]] = {
         "is_old('CAST(CAST(c.xmin AS text) AS bigint)')": "what is picked and what is deleted must be old by one rule",
     },
     "app/chunkmill/store/search.py": {
+        "of_outdated or 'false'": OF_AN_OLD_SCHEMA,
         "is_served": "a collection has one space or several; who asks knows the condition",
         "filtered": A_FILTER,
         "self.filtered": A_FILTER,
