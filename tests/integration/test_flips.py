@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 
@@ -19,6 +20,7 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.reembedding import beside, cleaning, flipping, lives
 from chunkmill.ledger.reembedding.flipping import Direction
+from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from tests.integration.hands import Hands
@@ -108,6 +110,33 @@ def test_a_flip_and_a_rollback_swap_the_spaces(way: Way, client: Client) -> None
     again = client.reembed("docs", to=way.begun.to_model, on_long="split")
     assert again.id != way.id
     assert way.others() == [(way.new, "filling")]
+
+
+def test_a_chunk_that_is_found_by_its_old_text_is_found_in_both_spaces_and_after_each_move(
+    way: Way, client: Client, hands: Hands, db: sa.Engine, settings: Settings
+) -> None:
+    for collection in ("docs", "stays"):
+        client.outdated(collection, serve=True)
+    way.until_ramping()
+    for collection in ("docs", "stays"):
+        client.enqueue(
+            [("c1", f"a new text of {collection}"), ("c2", f"another of {collection}")], collection=collection
+        )
+
+    def old(space: str | None = None) -> list[str]:
+        Poller(db, client._broker, settings).round()  # which deletes nothing that is still read
+        hits = client.search(np.ones(384, np.float32), collection="docs", space=space)
+        assert {hit.chunk_id for hit in hits} == {chunk_id for chunk_id, _ in CHUNKS}
+        return sorted(hit.chunk_id for hit in hits if hit.outdated)
+
+    assert old() == old("filling") == ["c1", "c2"]
+    way.fill(way.new, ["a new text of docs"])
+    assert (old(), old("filling")) == (["c1", "c2"], ["c2"])
+    client.flip("docs", timeout=0)
+    assert (old(), old("previous")) == (["c2"], ["c1", "c2"])
+    way.fill(way.old, ["a new text of docs"])
+    client.rollback(way.id)
+    assert old() == old("previous") == ["c2"]
 
 
 def test_a_flip_is_refused_if_a_searchable_chunk_has_no_vector_in_the_new_space(way: Way, client: Client) -> None:

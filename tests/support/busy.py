@@ -52,8 +52,8 @@ def busy(processes: int) -> Iterator[list[int]]:
     started: list[subprocess.Popen[bytes]] = []
     try:
         command = [sys.executable, "-c", BUSY, str(os.getpid())]
-        # They get process groups of their own, so that Ctrl-C reaches only pytest; they are stopped after it. They stay in
-        # its session: Linux may share the processors among sessions, and the tests would get a sixteenth of them.
+        # They get process groups of their own, so that Ctrl-C reaches only pytest; they are stopped after it. They stay
+        # in its session: Linux may share the processors among sessions, and the tests would get a sixteenth of them.
         started.extend(subprocess.Popen(command, process_group=0) for _ in range(processes))
         yield [process.pid for process in started]
     finally:
