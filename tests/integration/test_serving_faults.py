@@ -199,6 +199,7 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
         ("MAX_SCANNED", 1),
         ("LEAST_SPREAD", 0),
         ("MAX_EXACT", 2),  # the filter leaves more, so the search is not exact because of it
+        ("MOST_AT_ONCE", 0),  # nor are all rows of the graph read at once
     ):
         monkeypatch.setattr(searching, name, value)
     steps = directions(60)
@@ -212,6 +213,26 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
     give(db, {f"tail {i}": steps[55 + i] for i in range(4)})
     hits = client.search(steps[0], collection="docs", k=3, metadata={"lang": "de"})
     assert [hit.chunk_id for hit in hits] == ["c45", "c46", "c47"]
+
+
+def test_rows_of_a_graph_that_are_read_at_once_do_not_hide_what_is_behind_them(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of all chunks pass the filter, but none of those near the query, and the tail has enough hits."""
+    for name, value in (("LEAST_SPREAD", 0), ("MAX_EXACT", 2)):
+        monkeypatch.setattr(searching, name, value)
+    steps = directions(330)
+    for name in COLLECTIONS:
+        chunks = [Chunk(f"c{i:03}", f"{name} {i}", {"lang": "de" if i >= 200 else "fr"}) for i in range(300)]
+        client.enqueue(chunks, collection=name)
+        give(db, {f"{name} {i}": steps[i] for i in range(300)})
+        assert client.index(name).graph_rows == 300
+    client.enqueue([Chunk(f"t{i}", f"tail {i}", {"lang": "de"}) for i in range(20)], collection="docs")
+    give(db, {f"tail {i}": steps[305 + i] for i in range(20)})
+    hits = client.search(steps[0], collection="docs", k=3, metadata={"lang": "de"}, explain=True)
+    assert [hit.chunk_id for hit in hits] == ["c200", "c201", "c202"]
+    assert hits.explanation is not None
+    assert not hits.explanation.is_exact
 
 
 def test_a_vector_that_came_back_as_another_one_is_the_one_that_a_merge_writes(client: Client, db: sa.Engine) -> None:
