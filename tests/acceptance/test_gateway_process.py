@@ -45,7 +45,7 @@ def started(process: Process) -> str:
 def refused(settings: Settings, *arguments: str) -> Result:
     """What a gateway says that must not serve. One that does fails at once, and not when nobody waits any more."""
     env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
-    with patch("chunkmill.cli.processes.gateway.serve", side_effect=AssertionError("it serves")):
+    with patch("chunkmill.gateway.server.serve", side_effect=AssertionError("it serves")):
         result = CliRunner().invoke(cli, ["gateway", "--port", "0", *arguments], env=env)
     assert result.exit_code == 1, result.output
     return result
