@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="tests, and after -- options, for pytest; if omitted, the suite")
     parser.add_argument("--processes", type=int, default=15, help="how many busy processes run beside (default: 15)")
     args = parser.parse_args()
-    arguments = args.tests or ["-n", "6", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"]
+    arguments = args.tests or ["-n", "8", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"]
     with busy(args.processes):
         return run([sys.executable, "-m", "pytest", *arguments])
 
