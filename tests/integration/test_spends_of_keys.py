@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -565,6 +566,25 @@ QUESTIONS = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = 0"
 @pytest.fixture
 def bridgeable(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
     """Two collections with enough texts to learn a bridge from. A worker answers questions."""
+    with with_texts_for_bridges(books, monkeypatch):
+        yield books
+
+
+@pytest.fixture
+def half_priced(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
+    """The same, and the model of the two collections has no price. The other model has one."""
+    settings = stage.corridor.settings
+    models = {MODEL: replace(settings.provider_models[MODEL], prices=())}
+    corridor = Corridor(settings.model_copy(update={"openai_models": models}), stage.server)
+    with running_gateway(corridor.settings, keys=StoredKeys(corridor.db)) as gateway:
+        books = Books(Scene(corridor, stage.name), gateway)
+        with with_texts_for_bridges(books, monkeypatch):
+            yield books
+    corridor.close()
+
+
+@contextmanager
+def with_texts_for_bridges(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, few in {"EPOCHS": 1, "HIDDEN": 4, "RIDGES": (10.0,), "RANKS": (4,)}.items():
         monkeypatch.setattr(fitting, name, few)
     monkeypatch.setattr(client_bridges, "WINDOW", 20)
@@ -572,7 +592,7 @@ def bridgeable(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]
         store(books, name, 48)
     answering = ProviderResponder(books.corridor.context)
     answering.start()
-    yield books
+    yield
     answering.stop()
 
 
@@ -695,8 +715,33 @@ def test_a_bridge_that_is_refused_before_a_text_is_embedded_costs_nothing(bridge
     made = client.bridge(
         "docs", LARGE, dimensions=8, compare_old=True, max_usd=quote.usd, on_progress=told.append, timeout=PATIENCE
     )
-    assert told[-1] == Spent(made.embedded + 2 * 12, quote.tokens, quote.usd)
+    assert told[-1] == Spent(made.embedded + 2 * 12, quote.tokens, quote.usd, quote.usd)
     assert [spent.texts for spent in told] == [20, 20, 40, 40, 48, 48, 60, 60, 72, 72]
+
+
+@pytest.mark.parametrize("verb", ["bridges", "compare"])
+def test_a_model_without_a_price_does_not_hide_what_the_other_one_costs(half_priced: Books, verb: str) -> None:
+    """The collection's own model has none, and is asked too. The other key may ask, and pays what is known."""
+    path, asked = f"/v1/collections/docs/{verb}", {"model": LARGE, "dimensions": 8}
+    if verb == "bridges":
+        asked["compare_old"] = True
+    rich, poor = (half_priced.key(name, usd, Scope.ADMIN) for name, usd in {"a": ENOUGH, "b": Decimal("1e-9")}.items())
+    of_large = (
+        "SELECT coalesce(sum(c.usd), 0) FROM charges c JOIN spaces s ON s.id = c.space_id "
+        "WHERE c.job_id = 0 AND s.model = :model"
+    )
+    quote = answered(half_priced.ask(poor, "POST", path, json={**asked, "dry_run": True}))
+    assert quote["usd" if verb == "bridges" else "old_usd"] is None
+
+    assert refused(half_priced.ask(poor, "POST", path, json=asked)) == (429, "insufficient_quota")
+    assert half_priced.corridor.one("SELECT count(*) FROM charges WHERE job_id = 0") == 0
+
+    answered(half_priced.ask(rich, "POST", path, json=asked))
+    usd = Decimal(half_priced.corridor.one(of_large, model=LARGE))
+    assert usd == Decimal(quote["known_usd" if verb == "bridges" else "new_usd"]) > 0
+    assert half_priced.corridor.one("SELECT count(*) FROM charges WHERE job_id = 0 AND usd = 0") > 0
+    until(lambda: half_priced.used(rich) == usd, lambda: (half_priced.used(rich), usd))
+    assert half_priced.used(poor) == 0
 
 
 def test_a_search_through_a_bridge_costs_what_the_model_of_its_queries_costs(bridgeable: Books) -> None:

@@ -11,12 +11,12 @@ import sqlalchemy as sa
 
 from chunkmill.bridge import fitting, judging
 from chunkmill.bridge.adapters import Adapter
-from chunkmill.client.costing import PricedSpace, Spending, require_affordable, sum_of
+from chunkmill.client.costing import PricedSpace, Spending, require_affordable
 from chunkmill.client.steps import run_steps
 from chunkmill.client.vectors import Vectors
 from chunkmill.domain.arguments import as_flag, as_function, as_number, as_seconds, as_text, as_usd, require_name
 from chunkmill.domain.bridges import Bridge, BridgeQuote, BridgeTrial
-from chunkmill.domain.costs import Spent
+from chunkmill.domain.costs import Spent, known_sum, sum_of
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.spaces import Precision
@@ -239,6 +239,7 @@ class Bridges(Vectors):
                 texts = golden.texts_of(conn, missing) if missing else {}
             to_embed += len(texts)
             tokens[plan.new.space.id] += plan.new.tokens_of(texts.values())
+        usd = [one.usd_of(tokens[one.space.id]) for one in plan.priced]
         return BridgeQuote(
             collection=plan.collection.name,
             name=plan.new.space.spec.model,
@@ -248,7 +249,8 @@ class Bridges(Vectors):
             texts=len(plan.names),
             to_embed=to_embed,
             tokens=sum(tokens.values()),
-            usd=sum_of(one.usd_of(tokens[one.space.id]) for one in plan.priced),
+            usd=sum_of(usd),
+            known_usd=known_sum(usd),
         )
 
     def _require_affordable_bridge(self, plan: _Plan, limit: Decimal | None) -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from chunkmill.client.estimate import EstimateRequest, provider_rule
 from chunkmill.domain.budget import dollars
-from chunkmill.domain.costs import Spent
+from chunkmill.domain.costs import Spent, known_sum, sum_of
 from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import SpaceSpec
@@ -49,12 +49,6 @@ class PricedSpace:
         if not self.is_paid:
             return Decimal(0)
         return None if self._price is None else self._price.of(tokens, Route.OPENAI_SYNC)
-
-
-def sum_of(amounts: Iterable[Decimal | None]) -> Decimal | None:
-    """US dollars; None if one of the amounts is not known."""
-    known = list(amounts)
-    return None if None in known else sum(filter(None, known), Decimal(0))
 
 
 def require_affordable(
@@ -97,7 +91,7 @@ class Spending:
     def __init__(self, tell: Callable[[Spent], object] | None) -> None:
         """``tell`` gets the sum before and after each request."""
         self._tell = tell
-        self._spent = Spent(0, 0, Decimal(0))
+        self._spent = Spent(0, 0, Decimal(0), Decimal(0))
 
     def embed(self, priced: PricedSpace, texts: Sequence[str], ask: Callable[[], EmbeddedTexts]) -> EmbeddedTexts:
         """What ``ask`` returns, which has these texts embedded."""
@@ -111,6 +105,11 @@ class Spending:
         return embedded
 
     def _note(self, before: Spent, texts: int, tokens: int, usd: Decimal | None) -> None:
-        self._spent = Spent(before.texts + texts, before.tokens + tokens, sum_of((before.usd, usd)))
+        self._spent = Spent(
+            before.texts + texts,
+            before.tokens + tokens,
+            sum_of((before.usd, usd)),
+            known_sum((before.known_usd, usd)),
+        )
         if self._tell is not None:
             self._tell(self._spent)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from chunkmill.domain.costs import known_sum, sum_of
 from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.ranking import (
     Difference,
@@ -253,7 +254,12 @@ class ComparisonQuote(PrintedResult):
     @property
     def usd(self) -> Decimal | None:
         """What both cost; None if that is not known."""
-        return None if self.old_usd is None or self.new_usd is None else self.old_usd + self.new_usd
+        return sum_of((self.old_usd, self.new_usd))
+
+    @property
+    def known_usd(self) -> Decimal:
+        """The part of it that is known: that of the models with a price."""
+        return known_sum((self.old_usd, self.new_usd))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
-
 import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
@@ -62,10 +60,10 @@ async def learn(gateway: Gateway, request: Request, caller: Caller) -> Response:
         quote = await gateway.client.quote_bridge(name, **asked.body)
         if asked.is_quote:
             return quote
-        async with gateway.limits.spending(caller, tokens=quote.tokens, usd=quote.usd or Decimal(0)) as use:
+        async with gateway.limits.spending(caller, tokens=quote.tokens, usd=quote.known_usd) as use:
 
             def spent(so_far: Spent) -> None:
-                use.tokens, use.usd = so_far.tokens, so_far.usd or Decimal(0)
+                use.tokens, use.usd = so_far.tokens, so_far.known_usd
 
             use.settle(0)  # nothing is spent before the first request to workers, which `spent` hears of
             return await gateway.client.bridge(

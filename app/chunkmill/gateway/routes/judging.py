@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
@@ -85,7 +84,7 @@ async def compare(gateway: Gateway, request: Request, caller: Caller) -> Respons
         quote = await gateway.client.quote_comparison(name, **asked.body)
         if asked.is_quote:
             return quote
-        async with gateway.limits.spending(caller, tokens=0, usd=quote.usd or Decimal(0)) as use:
+        async with gateway.limits.spending(caller, tokens=0, usd=quote.known_usd) as use:
             with free_if_refused(use, (BudgetExceeded,)):
                 told = await gateway.client.compare(name, **asked.body, max_usd=asked.max_usd, timeout=asked.seconds)
             use.tokens = told.old.tokens + told.new.tokens
