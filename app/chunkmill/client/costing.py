@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from chunkmill.client.estimate import EstimateRequest, provider_rule
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.costs import Spent, known_sum, sum_of
-from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
+from chunkmill.domain.embedded import EmbeddedTexts, counted, estimated_tokens
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import Route
@@ -100,8 +100,9 @@ class Spending:
         before, expected = self._spent, priced.tokens_of(texts)
         self._note(before, len(texts), expected, priced.usd_of(expected))
         embedded = ask()
-        tokens = int(embedded.tokens.sum()) or expected  # workers of an earlier release do not say it
-        self._note(before, len(texts), tokens, priced.usd_of(tokens))
+        _, tokens = counted(embedded, texts, lambda text: priced.tokens_of([text]))
+        made = len(texts) if embedded.made is None else int(embedded.made.sum())
+        self._note(before, made, tokens, priced.usd_of(tokens))
         return embedded
 
     def _note(self, before: Spent, texts: int, tokens: int, usd: Decimal | None) -> None:

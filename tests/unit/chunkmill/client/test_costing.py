@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, cast
 
@@ -71,6 +72,21 @@ def test_workers_that_do_not_count_are_believed_to_have_read_what_was_expected()
     told: list[Spent] = []
     Spending(told.append).embed(priced(2), ["abc", "de"], lambda: embedded(0, 0))
     assert told[-1] == spent(2, 5, 10)
+
+
+def test_a_text_that_one_worker_has_not_counted_counts_as_expected_beside_those_that_others_have_counted() -> None:
+    told: list[Spent] = []
+    spending = Spending(told.append)
+    spending.embed(priced(2), ["abc", "de", "f"], lambda: embedded(0, 7, 0))
+    assert told[-1] == spent(3, 3 + 7 + 1, 22)
+
+
+def test_a_text_whose_vector_was_known_when_it_was_asked_for_counts_nothing() -> None:
+    told: list[Spent] = []
+    spending = Spending(told.append)
+    known = replace(embedded(0, 7, 9), made=np.array([True, False, True]))
+    spending.embed(priced(2), ["abc", "de", "f"], lambda: known)
+    assert told[-1] == spent(2, 3 + 9, 24)
 
 
 def test_a_price_that_is_not_known_makes_the_sum_unknown_and_hides_no_other_price() -> None:
