@@ -799,6 +799,45 @@ def test_a_model_without_a_price_does_not_hide_what_the_other_one_costs(half_pri
     assert half_priced.used(poor) == 0
 
 
+def test_a_quote_over_http_leaves_nothing_behind(bridgeable: Books) -> None:
+    """No space, and no table of its vectors: of two models that nobody has used yet, in two verbs."""
+    key = bridgeable.key("one", ENOUGH, Scope.ADMIN)
+    spaces, tables = "SELECT array_agg(fingerprint) FROM spaces", "SELECT count(*) FROM pg_tables"
+    before = bridgeable.corridor.one(spaces), bridgeable.corridor.one(tables)
+    bridge = answered(bridgeable.ask(key, "POST", BRIDGE, json={**LEARNT, "dry_run": True}))
+    body = {"model": LARGE, "dimensions": 4, "against": LARGE, "dry_run": True}
+    comparison = answered(bridgeable.ask(key, "POST", "/v1/collections/notes/compare", json=body))
+    assert (bridge["to_embed"], comparison["old_to_embed"], comparison["new_to_embed"]) == (48, 48, 48)
+    assert (bridgeable.corridor.one(spaces), bridgeable.corridor.one(tables)) == before
+
+
+def test_what_is_dearer_than_was_reserved_is_not_begun(bridgeable: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here both verbs were quoted when the collection was half as large. A key without a limit reserves nothing."""
+    limited, free = (bridgeable.key(name, usd, Scope.ADMIN) for name, usd in {"a": ENOUGH, "b": None}.items())
+    quote_bridge, quote_comparison = Client.quote_bridge, Client.quote_comparison
+
+    def half_a_bridge(*asked: Any, **more: Any) -> Any:
+        quote = quote_bridge(*asked, **more)
+        assert quote.usd
+        return replace(quote, usd=quote.usd / 2, known_usd=quote.usd / 2)
+
+    def half_a_comparison(*asked: Any, **more: Any) -> Any:
+        quote = quote_comparison(*asked, **more)
+        assert quote.old_usd
+        assert quote.new_usd
+        return replace(quote, old_usd=quote.old_usd / 2, new_usd=quote.new_usd / 2)
+
+    monkeypatch.setattr(Client, "quote_bridge", half_a_bridge)
+    monkeypatch.setattr(Client, "quote_comparison", half_a_comparison)
+    body = {"model": LARGE, "dimensions": 8}
+    for path in (BRIDGE, "/v1/collections/docs/compare"):
+        said = bridgeable.ask(limited, "POST", path, json=body).json()["error"]["message"]
+        assert "would cost about" in said and "and max_usd is" in said
+    assert bridgeable.corridor.one(QUESTIONS) == 0
+    answered(bridgeable.ask(free, "POST", "/v1/collections/docs/compare", json=body))
+    until(lambda: bridgeable.used(limited) == 0, lambda: bridgeable.used(limited))
+
+
 def test_a_search_through_a_bridge_costs_what_the_model_of_its_queries_costs(bridgeable: Books) -> None:
     client = bridgeable.corridor.client
     client.bridge("docs", LARGE, dimensions=8, timeout=PATIENCE)

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 
-from chunkmill.client.costing import PricedSpace, require_affordable
+from chunkmill.client.costing import PricedSpace, require_affordable, without_vector
 from chunkmill.client.hybrid import HybridSearch
 from chunkmill.client.steps import run_steps
 from chunkmill.domain.arguments import as_function, as_number, as_seconds, as_text, as_usd, require_name
@@ -28,7 +29,7 @@ from chunkmill.domain.comparing import (
 from chunkmill.domain.gates import loss_for
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.prices import MILLION
-from chunkmill.domain.spaces import LongText, OnLong, Precision
+from chunkmill.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from chunkmill.errors import EngineError, InvalidInput
 from chunkmill.ledger import judging
 from chunkmill.spaces import collections, registry
@@ -52,8 +53,9 @@ MADE_QUERIES = 500
 class _Model:
     """One of the two while it is measured."""
 
-    space: Space
+    priced: PricedSpace
     register: Callable[[], Space]
+    """The space, which is registered if it is new or was dropped."""
     queries: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
     rests: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
     query_seconds: list[float] = field(default_factory=list)
@@ -62,6 +64,14 @@ class _Model:
     document_tokens: int = 0
     other_tokens: int = 0
     seconds: float = 0.0
+
+    @property
+    def space(self) -> Space:
+        return self.register()
+
+    @property
+    def spec(self) -> SpaceSpec:
+        return self.priced.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +136,7 @@ class Comparisons(HybridSearch):
             require_affordable(
                 conn,
                 self._settings,
-                [one.space.spec for one in plan.models],
+                [one.spec for one in plan.models],
                 quote.usd,
                 limit=limit,
                 what="the comparison",
@@ -203,19 +213,23 @@ class Comparisons(HybridSearch):
             own = registry.get(conn, row.space_id)
         on_long = OnLong.SPLIT if own.spec.long_text is LongText.SPLIT else OnLong.TRUNCATE
 
-        def registering(name: str, dims: int | None, precise: Precision | str | None) -> Callable[[], Space]:
-            return lambda: self._space(name, on_long, dimensions=dims, precision=precise)
-
-        register_new = registering(model, dimensions, precision)
+        def contender(spec: SpaceSpec, register: Callable[[], Space] | None = None) -> _Model:
+            return _Model(
+                PricedSpace(self._transaction, self._settings, spec), register or partial(self._registered, spec)
+            )
 
         def own_space() -> Space:
             return own
 
-        register_old = own_space if against is None else registering(against, None, None)
-        old, new = _Model(register_old(), register_old), _Model(register_new(), register_new)
-        if old.space.spec.fingerprint == new.space.spec.fingerprint:
+        old = (
+            contender(own.spec, own_space)
+            if against is None
+            else contender(self._spec(against, on_long, dimensions=None, precision=None))
+        )
+        new = contender(self._spec(model, on_long, dimensions=dimensions, precision=precision))
+        if old.spec.fingerprint == new.spec.fingerprint:
             raise InvalidInput(
-                f"{model!r} would be compared with itself: both are space {new.space.spec.fingerprint[:12]}. Name "
+                f"{model!r} would be compared with itself: both are space {new.spec.fingerprint[:12]}. Name "
                 "another model, or other dimensions or another precision."
             )
         with self._transaction() as conn:
@@ -256,7 +270,7 @@ class Comparisons(HybridSearch):
 
     def _quote(self, plan: _Plan) -> ComparisonQuote:
         to_embed, tokens, contents = [0, 0], [0, 0], 0
-        priced = [PricedSpace(self._transaction, self._settings, one.space) for one in plan.models]
+        priced = [one.priced for one in plan.models]
         for i, one in enumerate(priced):
             if one.is_paid:
                 # Queries that are timed are embedded alone, and are still sent only once.
@@ -266,7 +280,7 @@ class Comparisons(HybridSearch):
             contents += len(window)
             with self._transaction() as conn:
                 for i, one in enumerate(priced):
-                    missing = read.without_vector(conn, one.space, window)
+                    missing = without_vector(conn, one.spec, window)
                     to_embed[i] += len(missing)
                     if one.is_paid and missing:
                         tokens[i] += one.tokens_of(golden.texts_of(conn, missing).values())
@@ -351,7 +365,7 @@ class Comparisons(HybridSearch):
         return unit(embedded.vectors)
 
     def _contender(self, one: _Model, plan: _Plan) -> Contender:
-        spec = one.space.spec
+        spec = one.spec
         with self._transaction() as conn:
             price = judging.price_of(conn, self._settings, one.space)
         seconds = np.array(one.query_seconds) * 1e3

@@ -19,24 +19,25 @@ from chunkmill.errors import BudgetExceeded, InvalidSetting
 from chunkmill.ledger.money import budget, charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
-from chunkmill.spaces.registry import Space
+from chunkmill.spaces import registry
+from chunkmill.store import read
 
 
 class PricedSpace:
-    """A space, and what it costs to embed texts in it by plain requests."""
+    """A space, which need not be registered yet, and what it costs to embed texts in it by plain requests."""
 
     def __init__(
-        self, transaction: Callable[[], AbstractContextManager[sa.Connection]], settings: Settings, space: Space
+        self, transaction: Callable[[], AbstractContextManager[sa.Connection]], settings: Settings, spec: SpaceSpec
     ) -> None:
         """Raises :class:`InvalidSetting` if a provider serves the space and none is known."""
-        self.space = space
-        self.is_paid = space.spec.provider == OPENAI
+        self.spec = spec
+        self.is_paid = spec.provider == OPENAI
         if self.is_paid:
             settings.require_provider()
-            on_long = space.spec.long_text.policy
-            self._rule = provider_rule(settings, EstimateRequest(space.spec, Route.OPENAI_SYNC, None, on_long))
+            request = EstimateRequest(spec, Route.OPENAI_SYNC, None, spec.long_text.policy)
+            self._rule = provider_rule(settings, request)
             with transaction() as conn:
-                self._price = charges.price_today(conn, model_for(settings, space.spec))
+                self._price = charges.price_today(conn, model_for(settings, spec))
 
     def tokens_of(self, texts: Iterable[str]) -> int:
         """How many tokens a provider is sent, by the rules of an enqueue; for a local model it is an estimate."""
@@ -49,6 +50,14 @@ class PricedSpace:
         if not self.is_paid:
             return Decimal(0)
         return None if self._price is None else self._price.of(tokens, Route.OPENAI_SYNC)
+
+
+def without_vector(conn: sa.Connection, spec: SpaceSpec, hashes: Sequence[bytes]) -> Sequence[bytes]:
+    """Those of the contents that have no vector in a space, which are all if there is no such space. Nothing is
+    written, so that a quote leaves nothing behind.
+    """
+    space = registry.find_and_hold(conn, spec.fingerprint)
+    return hashes if space is None else read.without_vector(conn, space, hashes)
 
 
 def require_affordable(

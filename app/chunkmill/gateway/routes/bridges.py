@@ -67,7 +67,7 @@ async def learn(gateway: Gateway, request: Request, caller: Caller) -> Response:
 
             use.settle(0)  # nothing is spent before the first request to workers, which `spent` hears of
             return await gateway.client.bridge(
-                name, **asked.body, max_usd=asked.max_usd, timeout=asked.seconds, on_progress=spent
+                name, **asked.body, max_usd=asked.limit(caller, quote), timeout=asked.seconds, on_progress=spent
             )
 
     return await lasting(gateway, learnt())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chunkmill.domain.arguments import as_usd
+from chunkmill.domain.bridges import BridgeQuote
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.embedded import estimated_tokens
 from chunkmill.domain.golden import MAX_JUDGED
@@ -86,7 +89,9 @@ async def compare(gateway: Gateway, request: Request, caller: Caller) -> Respons
             return quote
         async with gateway.limits.spending(caller, tokens=0, usd=quote.known_usd) as use:
             with free_if_refused(use, (BudgetExceeded,)):
-                told = await gateway.client.compare(name, **asked.body, max_usd=asked.max_usd, timeout=asked.seconds)
+                told = await gateway.client.compare(
+                    name, **asked.body, max_usd=asked.limit(caller, quote), timeout=asked.seconds
+                )
             use.tokens = told.old.tokens + told.new.tokens
         return told
 
@@ -100,8 +105,14 @@ class QuotableRequest:
     collection: seen.VisibleCollection
     body: dict[str, Any]
     is_quote: bool
-    max_usd: Any
+    max_usd: Decimal | None
     seconds: float
+
+    def limit(self, caller: Caller, quote: BridgeQuote | ComparisonQuote) -> Decimal | None:
+        """How many US dollars it may cost: no more than the caller says. If the dollars of the key are limited, it is
+        no more than was quoted either, because that is what is reserved, and the collection may have grown since."""
+        reserved = None if caller.limits.usd_per_month is None else quote.usd
+        return min((usd for usd in (self.max_usd, reserved) if usd), default=None)
 
 
 async def read_quotable(
@@ -116,7 +127,8 @@ async def read_quotable(
     if not isinstance(is_quote, bool):
         raise wrong("dry_run", "it must be true or false")
     seconds = timeout_in(body, default_s)
-    most = body.pop("max_usd", None)
+    given = body.pop("max_usd", None)
+    most = None if given is None else as_usd("max_usd", given)
     body.pop("timeout_s", None)
     for model in (body["model"], body.get("against")):
         await gateway.models.require_usable(model, caller)
