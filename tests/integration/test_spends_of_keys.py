@@ -465,22 +465,47 @@ def test_a_comparison_that_is_dearer_than_its_limit_costs_nothing(judged: Books)
     assert judged.corridor.one("SELECT sum(contents) FROM charges") == questions
 
 
-def test_a_comparison_that_fails_counts_for_its_key_all_the_same(
+def test_a_comparison_that_fails_in_the_middle_costs_what_was_embedded_until_then(
     judged: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part of it may have been embedded, and nobody knows how large a part."""
-    key = judged.key("one", ENOUGH, Scope.ADMIN)
+    """Here that is the queries, in both models, and no text of the sample."""
+    key, other = (judged.key(name, ENOUGH, Scope.ADMIN) for name in ("one", "two"))
+    before = Decimal(judged.corridor.one(QUESTIONS))
 
-    def fails(*_: object, **__: object) -> None:
+    def fails(*_: object) -> None:
         raise EngineError("no vectors today")
 
-    monkeypatch.setattr(Client, "compare", fails)
+    monkeypatch.setattr(Client, "_compare_sample", fails)
+    whole = judged.corridor.client.quote_comparison("docs", LARGE, dimensions=8).usd
+
+    answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json={"model": LARGE, "dimensions": 8})
+
+    assert "no vectors today" in answer.json()["error"]["message"]
+    spent = Decimal(judged.corridor.one(QUESTIONS)) - before
+    assert whole is not None
+    assert 0 < spent < whole
+    until(lambda: judged.used(key) == spent, lambda: (judged.used(key), spent))
+    assert judged.used(other) == 0
+
+
+def test_a_comparison_takes_the_tokens_that_were_quoted_from_its_key_before_it_begins(judged: Books) -> None:
+    """A key with one token less than that gets none of it, and a key with as many gets all of it."""
     quote = judged.corridor.client.quote_comparison("docs", LARGE, dimensions=8)
-    assert quote.usd
-    for n_failed in (1, 2):  # the reservation of the second one writes what the first one gave back, if it did
-        answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json={"model": LARGE, "dimensions": 8})
-        assert "no vectors today" in answer.json()["error"]["message"]
-        assert judged.used(key) == n_failed * quote.usd
+    with judged.corridor.db.begin() as conn:
+        (_, enough), (_, poor) = (
+            keys.create(
+                conn, name=f"{n}", tenant="t", scopes={Scope.ADMIN}, limits=KeyLimits(tokens_per_month=quote.tokens - n)
+            )
+            for n in (0, 1)
+        )
+    before, asked = judged.corridor.one(QUESTIONS), {"model": LARGE, "dimensions": 8}
+    assert refused(judged.ask(poor, "POST", "/v1/collections/docs/compare", json=asked)) == (429, "insufficient_quota")
+    assert judged.corridor.one(QUESTIONS) == before
+    answered(judged.ask(enough, "POST", "/v1/collections/docs/compare", json=asked))
+    booked = partial(
+        judged.corridor.one, "SELECT sum(tokens) FROM api_key_usage WHERE key_id = :key", key=id_of(enough)
+    )
+    until(lambda: booked() == quote.tokens, booked)
 
 
 def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tuned(judged: Books) -> None:

@@ -250,6 +250,9 @@ class ComparisonQuote(PrintedResult):
     old_usd: Decimal | None
     """0 for a local model. None if a provider's model has no price."""
     new_usd: Decimal | None
+    tokens: int = 0
+    """How many tokens the queries and these texts have in both models: a provider's as for an enqueue, and a local
+    model's by an estimate from their characters. 0 if a gateway of the last release says the quote."""
 
     @property
     def usd(self) -> Decimal | None:
