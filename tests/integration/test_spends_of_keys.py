@@ -501,7 +501,9 @@ def test_a_comparison_takes_the_tokens_that_were_quoted_from_its_key_before_it_b
     before, asked = judged.corridor.one(QUESTIONS), {"model": LARGE, "dimensions": 8}
     assert refused(judged.ask(poor, "POST", "/v1/collections/docs/compare", json=asked)) == (429, "insufficient_quota")
     assert judged.corridor.one(QUESTIONS) == before
-    answered(judged.ask(enough, "POST", "/v1/collections/docs/compare", json=asked))
+    told = answered(judged.ask(enough, "POST", "/v1/collections/docs/compare", json=asked))
+    assert told["new"]["tokens"] > told["old"]["tokens"] > 0
+    assert told["new"]["tokens"] + told["old"]["tokens"] == quote.tokens
     booked = partial(
         judged.corridor.one, "SELECT sum(tokens) FROM api_key_usage WHERE key_id = :key", key=id_of(enough)
     )
