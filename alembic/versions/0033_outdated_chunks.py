@@ -149,6 +149,8 @@ FUNCTIONS = (
         """
         IF NOT wanted THEN
             DELETE FROM outdated_collections o WHERE o.collection_id = collection;
+            -- In the order in which an enqueue writes them, so that neither waits for the other for ever.
+            PERFORM FROM outdated_chunks o WHERE o.collection_id = collection ORDER BY o.space_id, o.chunk_id FOR UPDATE;
             DELETE FROM outdated_chunks o WHERE o.collection_id = collection;
             RETURN;
         END IF;
@@ -184,6 +186,10 @@ FUNCTIONS = (
             ) o
         LOOP
             IF NOT is_outdated_served(kept.collection_id, kept.space_id) THEN
+                PERFORM FROM outdated_chunks o
+                WHERE o.collection_id = kept.collection_id AND o.space_id = kept.space_id
+                ORDER BY o.chunk_id
+                FOR UPDATE;
                 DELETE FROM outdated_chunks o
                 WHERE o.collection_id = kept.collection_id AND o.space_id = kept.space_id
                   AND NOT is_outdated_served(kept.collection_id, kept.space_id);

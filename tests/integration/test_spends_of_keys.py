@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -32,11 +34,12 @@ from chunkmill.ledger.access import keys, spends
 from chunkmill.ledger.reembedding import fill
 from chunkmill.poller import poller
 from chunkmill.store import golden
+from chunkmill_workers.provider import responder
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.support.corridor import MODEL, Corridor
 from tests.support.corridor_scene import Scene
 from tests.support.gateways import RunningGateway, running_gateway
-from tests.support.paid_ledger import LARGE
+from tests.support.paid_ledger import LARGE, register
 from tests.support.served import ended, line, openai_client, start
 from tests.support.waiting import PATIENCE, until
 
@@ -462,22 +465,49 @@ def test_a_comparison_that_is_dearer_than_its_limit_costs_nothing(judged: Books)
     assert judged.corridor.one("SELECT sum(contents) FROM charges") == questions
 
 
-def test_a_comparison_that_fails_counts_for_its_key_all_the_same(
+def test_a_comparison_that_fails_in_the_middle_costs_what_was_embedded_until_then(
     judged: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part of it may have been embedded, and nobody knows how large a part."""
-    key = judged.key("one", ENOUGH, Scope.ADMIN)
+    """Here that is the queries, in both models, and no text of the sample."""
+    key, other = (judged.key(name, ENOUGH, Scope.ADMIN) for name in ("one", "two"))
+    before = Decimal(judged.corridor.one(QUESTIONS))
 
-    def fails(*_: object, **__: object) -> None:
+    def fails(*_: object) -> None:
         raise EngineError("no vectors today")
 
-    monkeypatch.setattr(Client, "compare", fails)
+    monkeypatch.setattr(Client, "_compare_sample", fails)
+    whole = judged.corridor.client.quote_comparison("docs", LARGE, dimensions=8).usd
+
+    answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json={"model": LARGE, "dimensions": 8})
+
+    assert "no vectors today" in answer.json()["error"]["message"]
+    spent = Decimal(judged.corridor.one(QUESTIONS)) - before
+    assert whole is not None
+    assert 0 < spent < whole
+    until(lambda: judged.used(key) == spent, lambda: (judged.used(key), spent))
+    assert judged.used(other) == 0
+
+
+def test_a_comparison_takes_the_tokens_that_were_quoted_from_its_key_before_it_begins(judged: Books) -> None:
+    """A key with one token less than that gets none of it, and a key with as many gets all of it."""
     quote = judged.corridor.client.quote_comparison("docs", LARGE, dimensions=8)
-    assert quote.usd
-    for n_failed in (1, 2):  # the reservation of the second one writes what the first one gave back, if it did
-        answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json={"model": LARGE, "dimensions": 8})
-        assert "no vectors today" in answer.json()["error"]["message"]
-        assert judged.used(key) == n_failed * quote.usd
+    with judged.corridor.db.begin() as conn:
+        (_, enough), (_, poor) = (
+            keys.create(
+                conn, name=f"{n}", tenant="t", scopes={Scope.ADMIN}, limits=KeyLimits(tokens_per_month=quote.tokens - n)
+            )
+            for n in (0, 1)
+        )
+    before, asked = judged.corridor.one(QUESTIONS), {"model": LARGE, "dimensions": 8}
+    assert refused(judged.ask(poor, "POST", "/v1/collections/docs/compare", json=asked)) == (429, "insufficient_quota")
+    assert judged.corridor.one(QUESTIONS) == before
+    told = answered(judged.ask(enough, "POST", "/v1/collections/docs/compare", json=asked))
+    assert told["new"]["tokens"] > told["old"]["tokens"] > 0
+    assert told["new"]["tokens"] + told["old"]["tokens"] == quote.tokens
+    booked = partial(
+        judged.corridor.one, "SELECT sum(tokens) FROM api_key_usage WHERE key_id = :key", key=id_of(enough)
+    )
+    until(lambda: booked() == quote.tokens, booked)
 
 
 def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tuned(judged: Books) -> None:
@@ -511,10 +541,8 @@ def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(
     tokens = judged.corridor.one("SELECT sum(tokens) FROM charges WHERE job_id = 0")
     assert charged > 0
     assert said["truncated"] == [1]
-    doubled = said["usage"]["total_tokens"] - tokens
-    assert 0 < doubled < 10
-    price = Decimal("0.02") / 1_000_000
-    until(lambda: judged.used(first) == charged + doubled * price, lambda: (judged.used(first), charged))
+    assert 0 < said["usage"]["total_tokens"] - tokens < 10  # the usage has the text twice, and the bill has it once
+    until(lambda: judged.used(first) == charged, lambda: (judged.used(first), charged))
     assert judged.used(second) == 0
 
     body = {"query": "a question of the second key", "exact": True}
@@ -522,7 +550,62 @@ def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(
     asked = Decimal(judged.corridor.one(questions)) - before - charged
     until(lambda: judged.used(second) > 0, lambda: judged.used(second))
     assert asked > 0
-    assert judged.used(first) == charged + doubled * price
+    assert judged.used(first) == charged
+
+
+def test_a_text_that_was_not_sent_to_the_provider_costs_the_key_no_dollars(judged: Books) -> None:
+    """Ten equal texts, a query that was asked before, and a stored text, of two keys in two models."""
+    register(judged.corridor.db, judged.corridor.settings, LARGE)
+    first, second = (judged.key(name, ENOUGH, Scope.EMBED) for name in ("one", "two"))
+    stored = judged.corridor.one("SELECT text FROM contents ORDER BY content_hash LIMIT 1")
+    texts = {"ten": ["a text that is there ten times"] * 10, "query": ["a question"], "stored": [stored]}
+
+    def ask(key: str, name: str, model: str, kind: str = "document") -> tuple[int, Decimal]:
+        """The tokens of the answer, and what the provider charged."""
+        before = Decimal(judged.corridor.one(QUESTIONS))
+        body = {"model": model, "input": texts[name], "input_type": kind}
+        said = answered(judged.ask(key, "POST", "/v1/embeddings", json=body))
+        return said["usage"]["total_tokens"], Decimal(judged.corridor.one(QUESTIONS)) - before
+
+    tokens, dollars = zip(*(ask(first, "ten", model) for model in (MODEL, LARGE)), strict=True)
+    assert all(dollars) and tokens[0] % 10 == 0
+    asked, again, other = (ask(key, "query", MODEL, "query") for key in (first, first, second))
+    assert asked[1] > 0
+    assert again == other == (asked[0], 0)
+    known, unknown = ask(second, "stored", MODEL), ask(second, "stored", LARGE)
+    assert known[0] > 0 == known[1]
+    assert unknown[1] > 0
+
+    paid = {first: sum(dollars) + asked[1], second: unknown[1]}
+    used = {first: sum(tokens) + 2 * asked[0], second: asked[0] + known[0] + unknown[0]}
+    booked = "SELECT sum(tokens)::int FROM api_key_usage WHERE key_id = :key"
+    for key in (first, second):
+        of_key = partial(judged.corridor.one, booked, key=id_of(key))
+        until(lambda of_key=of_key, n=used[key]: of_key() == n, of_key)
+        assert judged.used(key) == paid[key]
+
+
+def test_a_text_whose_worker_is_of_the_last_release_costs_the_key_what_was_expected(
+    judged: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While workers are replaced, one answer has parts of both. The old one does not say how many tokens it sent."""
+    register(judged.corridor.db, judged.corridor.settings, LARGE)
+    answer = responder._Question.answer
+
+    def of_an_old_worker(question: Any) -> Any:
+        made = answer(question)
+        return made[:1] if len(question.request.texts) == 8 else made
+
+    monkeypatch.setattr(responder._Question, "answer", of_an_old_worker)
+    first, second = (judged.key(name, ENOUGH, Scope.EMBED) for name in ("one", "two"))
+    texts = [f"text {i} of forty, which are two requests to workers" for i in range(40)]
+    body = {"input": texts, "return_tokens": True}
+    for key, model, price in ((first, MODEL, "0.02"), (second, LARGE, "0.13")):
+        tokens = answered(judged.ask(key, "POST", "/v1/embeddings", json={**body, "model": model}))["tokens"]
+        assert [i for i, n in enumerate(tokens) if n == 0] == list(range(32, 40))
+        expected = sum(tokens) + sum(map(estimated_tokens, texts[32:]))
+        usd = expected * Decimal(price) / 1_000_000
+        until(lambda key=key, usd=usd: judged.used(key) == usd, lambda key=key, usd=usd: (judged.used(key), usd))
 
 
 @pytest.mark.parametrize("verb", ["tune-search", "judge"])
@@ -565,6 +648,25 @@ QUESTIONS = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = 0"
 @pytest.fixture
 def bridgeable(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
     """Two collections with enough texts to learn a bridge from. A worker answers questions."""
+    with with_texts_for_bridges(books, monkeypatch):
+        yield books
+
+
+@pytest.fixture
+def half_priced(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
+    """The same, and the model of the two collections has no price. The other model has one."""
+    settings = stage.corridor.settings
+    models = {MODEL: replace(settings.provider_models[MODEL], prices=())}
+    corridor = Corridor(settings.model_copy(update={"openai_models": models}), stage.server)
+    with running_gateway(corridor.settings, keys=StoredKeys(corridor.db)) as gateway:
+        books = Books(Scene(corridor, stage.name), gateway)
+        with with_texts_for_bridges(books, monkeypatch):
+            yield books
+    corridor.close()
+
+
+@contextmanager
+def with_texts_for_bridges(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, few in {"EPOCHS": 1, "HIDDEN": 4, "RIDGES": (10.0,), "RANKS": (4,)}.items():
         monkeypatch.setattr(fitting, name, few)
     monkeypatch.setattr(client_bridges, "WINDOW", 20)
@@ -572,7 +674,7 @@ def bridgeable(books: Books, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]
         store(books, name, 48)
     answering = ProviderResponder(books.corridor.context)
     answering.start()
-    yield books
+    yield
     answering.stop()
 
 
@@ -695,8 +797,72 @@ def test_a_bridge_that_is_refused_before_a_text_is_embedded_costs_nothing(bridge
     made = client.bridge(
         "docs", LARGE, dimensions=8, compare_old=True, max_usd=quote.usd, on_progress=told.append, timeout=PATIENCE
     )
-    assert told[-1] == Spent(made.embedded + 2 * 12, quote.tokens, quote.usd)
+    assert told[-1] == Spent(made.embedded + 2 * 12, quote.tokens, quote.usd, quote.usd)
     assert [spent.texts for spent in told] == [20, 20, 40, 40, 48, 48, 60, 60, 72, 72]
+
+
+@pytest.mark.parametrize("verb", ["bridges", "compare"])
+def test_a_model_without_a_price_does_not_hide_what_the_other_one_costs(half_priced: Books, verb: str) -> None:
+    """The collection's own model has none, and is asked too. The other key may ask, and pays what is known."""
+    path, asked = f"/v1/collections/docs/{verb}", {"model": LARGE, "dimensions": 8}
+    if verb == "bridges":
+        asked["compare_old"] = True
+    rich, poor = (half_priced.key(name, usd, Scope.ADMIN) for name, usd in {"a": ENOUGH, "b": Decimal("1e-9")}.items())
+    of_large = (
+        "SELECT coalesce(sum(c.usd), 0) FROM charges c JOIN spaces s ON s.id = c.space_id "
+        "WHERE c.job_id = 0 AND s.model = :model"
+    )
+    quote = answered(half_priced.ask(poor, "POST", path, json={**asked, "dry_run": True}))
+    assert quote["usd" if verb == "bridges" else "old_usd"] is None
+
+    assert refused(half_priced.ask(poor, "POST", path, json=asked)) == (429, "insufficient_quota")
+    assert half_priced.corridor.one("SELECT count(*) FROM charges WHERE job_id = 0") == 0
+
+    answered(half_priced.ask(rich, "POST", path, json=asked))
+    usd = Decimal(half_priced.corridor.one(of_large, model=LARGE))
+    assert usd == Decimal(quote["known_usd" if verb == "bridges" else "new_usd"]) > 0
+    assert half_priced.corridor.one("SELECT count(*) FROM charges WHERE job_id = 0 AND usd = 0") > 0
+    until(lambda: half_priced.used(rich) == usd, lambda: (half_priced.used(rich), usd))
+    assert half_priced.used(poor) == 0
+
+
+def test_a_quote_over_http_leaves_nothing_behind(bridgeable: Books) -> None:
+    """No space, and no table of its vectors: of two models that nobody has used yet, in two verbs."""
+    key = bridgeable.key("one", ENOUGH, Scope.ADMIN)
+    spaces, tables = "SELECT array_agg(fingerprint) FROM spaces", "SELECT count(*) FROM pg_tables"
+    before = bridgeable.corridor.one(spaces), bridgeable.corridor.one(tables)
+    bridge = answered(bridgeable.ask(key, "POST", BRIDGE, json={**LEARNT, "dry_run": True}))
+    body = {"model": LARGE, "dimensions": 4, "against": LARGE, "dry_run": True}
+    comparison = answered(bridgeable.ask(key, "POST", "/v1/collections/notes/compare", json=body))
+    assert (bridge["to_embed"], comparison["old_to_embed"], comparison["new_to_embed"]) == (48, 48, 48)
+    assert (bridgeable.corridor.one(spaces), bridgeable.corridor.one(tables)) == before
+
+
+def test_what_is_dearer_than_was_reserved_is_not_begun(bridgeable: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here both verbs were quoted when the collection was half as large. A key without a limit reserves nothing."""
+    limited, free = (bridgeable.key(name, usd, Scope.ADMIN) for name, usd in {"a": ENOUGH, "b": None}.items())
+    quote_bridge, quote_comparison = Client.quote_bridge, Client.quote_comparison
+
+    def half_a_bridge(*asked: Any, **more: Any) -> Any:
+        quote = quote_bridge(*asked, **more)
+        assert quote.usd
+        return replace(quote, usd=quote.usd / 2, known_usd=quote.usd / 2)
+
+    def half_a_comparison(*asked: Any, **more: Any) -> Any:
+        quote = quote_comparison(*asked, **more)
+        assert quote.old_usd
+        assert quote.new_usd
+        return replace(quote, old_usd=quote.old_usd / 2, new_usd=quote.new_usd / 2)
+
+    monkeypatch.setattr(Client, "quote_bridge", half_a_bridge)
+    monkeypatch.setattr(Client, "quote_comparison", half_a_comparison)
+    body = {"model": LARGE, "dimensions": 8}
+    for path in (BRIDGE, "/v1/collections/docs/compare"):
+        said = bridgeable.ask(limited, "POST", path, json=body).json()["error"]["message"]
+        assert "would cost about" in said and "and max_usd is" in said
+    assert bridgeable.corridor.one(QUESTIONS) == 0
+    answered(bridgeable.ask(free, "POST", "/v1/collections/docs/compare", json=body))
+    until(lambda: bridgeable.used(limited) == 0, lambda: bridgeable.used(limited))
 
 
 def test_a_search_through_a_bridge_costs_what_the_model_of_its_queries_costs(bridgeable: Books) -> None:

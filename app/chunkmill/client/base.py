@@ -97,7 +97,10 @@ class ClientPart:
         A space that this process knows is not looked up again, so it may have been dropped meanwhile. Code that uses it
         checks whether it is still there, and calls :func:`forget_space` if it is not.
         """
-        spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
+        return self._registered(self._spec(model, on_long, dimensions=dimensions, precision=precision))
+
+    def _registered(self, spec: SpaceSpec) -> registry.Space:
+        """The space of ``spec``, as :meth:`_space` returns it."""
         known = known_spaces(self._db)
         if (space := known.get(spec)) is None:
             with self._transaction() as conn:

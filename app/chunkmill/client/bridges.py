@@ -6,25 +6,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 
 import sqlalchemy as sa
 
 from chunkmill.bridge import fitting, judging
 from chunkmill.bridge.adapters import Adapter
-from chunkmill.client.costing import PricedSpace, Spending, require_affordable, sum_of
+from chunkmill.client.costing import PricedSpace, Spending, require_affordable, without_vector
 from chunkmill.client.steps import run_steps
 from chunkmill.client.vectors import Vectors
 from chunkmill.domain.arguments import as_flag, as_function, as_number, as_seconds, as_text, as_usd, require_name
 from chunkmill.domain.bridges import Bridge, BridgeQuote, BridgeTrial
-from chunkmill.domain.costs import Spent
+from chunkmill.domain.costs import Spent, known_sum, sum_of
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.spaces import Precision
+from chunkmill.domain.spaces import Precision, SpaceSpec
 from chunkmill.errors import InvalidInput
 from chunkmill.spaces import bridges, collections, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
-from chunkmill.store import golden, keywords, pairs, read
+from chunkmill.store import golden, keywords, pairs
 from chunkmill.system.numbers import NDArray, np
 
 MAX_SAMPLE = 50_000
@@ -143,7 +144,7 @@ class Bridges(Vectors):
         adapter = learnt[verdict.chosen]
         bridge = _report(plan, drawn, learnt, verdict, own)
         with self._transaction() as conn:
-            held = registry.register_and_hold(conn, plan.new.space.spec, storage=self._settings.vector_storage)
+            held = self._held(conn, plan.new.spec)
             if not bridges.keep(conn, bridge, adapter, plan.collection, held):
                 raise InvalidInput(
                     f"collection {collection!r} left its space, or was dropped, while the bridge was learnt. Nothing "
@@ -215,11 +216,15 @@ class Bridges(Vectors):
             old = registry.get(conn, row.space_id)
             is_any = dimensions is None and precision is None
             on_its_way = bridges.other_space(conn, row, model) if is_any else None
-        new = on_its_way or self._space(model, old.spec.long_text.policy, dimensions=dimensions, precision=precision)
-        if new.spec.fingerprint == old.spec.fingerprint:
+        spec = (
+            self._spec(model, old.spec.long_text.policy, dimensions=dimensions, precision=precision)
+            if on_its_way is None
+            else on_its_way.spec
+        )
+        if spec.fingerprint == old.spec.fingerprint:
             raise InvalidInput(f"collection {collection!r} is in the space of {model!r} already, and needs no bridge.")
-        priced = PricedSpace(self._transaction, self._settings, new)
-        own = PricedSpace(self._transaction, self._settings, old) if compare_old else None
+        priced = PricedSpace(self._transaction, self._settings, spec)
+        own = PricedSpace(self._transaction, self._settings, old.spec) if compare_old else None
         with self._transaction() as conn:
             sampled = pairs.sample(conn, old, row.id, most)
             asked, queries_from = _questions(conn, row, old, most_queries, n_texts=len(sampled))
@@ -230,25 +235,26 @@ class Bridges(Vectors):
 
     def _quote_bridge(self, plan: _Plan) -> BridgeQuote:
         queries = list(dict.fromkeys(plan.texts))
-        tokens = {one.space.id: one.tokens_of(queries) for one in plan.priced}
+        tokens = {one: one.tokens_of(queries) for one in plan.priced}
         to_embed = 0
         for start in range(0, len(plan.names), WINDOW):
             with self._transaction() as conn:
-                new = self._held(conn, plan.new.space)
-                missing = read.without_vector(conn, new, plan.names[start : start + WINDOW])
+                missing = without_vector(conn, plan.new.spec, plan.names[start : start + WINDOW])
                 texts = golden.texts_of(conn, missing) if missing else {}
             to_embed += len(texts)
-            tokens[plan.new.space.id] += plan.new.tokens_of(texts.values())
+            tokens[plan.new] += plan.new.tokens_of(texts.values())
+        usd = [one.usd_of(tokens[one]) for one in plan.priced]
         return BridgeQuote(
             collection=plan.collection.name,
-            name=plan.new.space.spec.model,
-            query_space=plan.new.space.spec.fingerprint,
+            name=plan.new.spec.model,
+            query_space=plan.new.spec.fingerprint,
             space=plan.old.spec.fingerprint,
             queries=len(plan.asked),
             texts=len(plan.names),
             to_embed=to_embed,
             tokens=sum(tokens.values()),
-            usd=sum_of(one.usd_of(tokens[one.space.id]) for one in plan.priced),
+            usd=sum_of(usd),
+            known_usd=known_sum(usd),
         )
 
     def _require_affordable_bridge(self, plan: _Plan, limit: Decimal | None) -> None:
@@ -259,7 +265,7 @@ class Bridges(Vectors):
             require_affordable(
                 conn,
                 self._settings,
-                [one.space.spec for one in plan.priced],
+                [one.spec for one in plan.priced],
                 quote.usd,
                 limit=limit,
                 what="the bridge",
@@ -270,7 +276,7 @@ class Bridges(Vectors):
         """Have those of the texts embedded that have no vector in the new space."""
         names = plan.names
         with self._transaction() as conn:
-            new = self._held(conn, plan.new.space)
+            new = self._held(conn, plan.new.spec)
             of_old, of_new = pairs.vectors(conn, plan.old, names), pairs.vectors(conn, new, names)
         n_stored = len(of_new)
         for made in self._made(spending, plan.new, [name for name in names if name not in of_new], deadline):
@@ -283,10 +289,10 @@ class Bridges(Vectors):
         learnt_from = fitting.Pairs.of(new=corpus.new[is_learnt], old=corpus.old[is_learnt])
         return _Sample(corpus, learnt_from, len(of_new) - n_stored)
 
-    def _held(self, conn: sa.Connection, space: Space) -> Space:
-        """The space, which may have been dropped since this process registered it. It is held, so that it is not
-        dropped while its vectors are read."""
-        return registry.register_and_hold(conn, space.spec, storage=self._settings.vector_storage)
+    def _held(self, conn: sa.Connection, spec: SpaceSpec) -> Space:
+        """The space, which is registered if it is new or was dropped. It is held, so that it is not dropped while its
+        vectors are read, or while a bridge is stored."""
+        return registry.register_and_hold(conn, spec, storage=self._settings.vector_storage)
 
     def _made(
         self, spending: Spending, priced: PricedSpace, hashes: Sequence[bytes], deadline: float
@@ -305,7 +311,8 @@ class Bridges(Vectors):
         left = max(0.0, deadline - time.monotonic())
         distinct = list(dict.fromkeys(texts))
         # Without the cache of queries, what is asked for is what was quoted.
-        steps = self._asking_all(priced.space, distinct, kind, left, CALLER, is_cached=False)
+        register = partial(self._registered, priced.spec)
+        steps = self._asking_all(register(), distinct, kind, left, CALLER, register=register, is_cached=False)
         vectors = spending.embed(priced, distinct, lambda: run_steps(steps)).vectors
         rows = {text: row for row, text in enumerate(distinct)}
         return vectors[[rows[text] for text in texts]]
@@ -333,8 +340,8 @@ def _report(
     )
     return Bridge(
         collection=plan.collection.name,
-        name=plan.new.space.spec.model,
-        query_space=plan.new.space.spec.fingerprint,
+        name=plan.new.spec.model,
+        query_space=plan.new.spec.fingerprint,
         space=plan.old.spec.fingerprint,
         kind=learnt[verdict.chosen].kind,
         pairs=len(drawn.pairs),

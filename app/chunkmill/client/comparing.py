@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 
-from chunkmill.client.costing import PricedSpace, require_affordable
+from chunkmill.client.costing import PricedSpace, Spending, require_affordable, without_vector
 from chunkmill.client.hybrid import HybridSearch
 from chunkmill.client.steps import run_steps
 from chunkmill.domain.arguments import as_function, as_number, as_seconds, as_text, as_usd, require_name
@@ -25,10 +26,12 @@ from chunkmill.domain.comparing import (
     unit,
     with_stand_in,
 )
+from chunkmill.domain.costs import Spent
+from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import loss_for
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.prices import MILLION
-from chunkmill.domain.spaces import LongText, OnLong, Precision
+from chunkmill.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from chunkmill.errors import EngineError, InvalidInput
 from chunkmill.ledger import judging
 from chunkmill.spaces import collections, registry
@@ -52,16 +55,28 @@ MADE_QUERIES = 500
 class _Model:
     """One of the two while it is measured."""
 
-    space: Space
+    priced: PricedSpace
     register: Callable[[], Space]
+    """The space, which is registered if it is new or was dropped."""
     queries: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
     rests: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
     query_seconds: list[float] = field(default_factory=list)
     from_store: int = 0
     embedded: int = 0
+    spending: Spending = field(default_factory=lambda: Spending(None))
+    asked_seconds: float = 0.0
+    """How many seconds this call has waited for workers of the model."""
     document_tokens: int = 0
     other_tokens: int = 0
     seconds: float = 0.0
+
+    @property
+    def space(self) -> Space:
+        return self.register()
+
+    @property
+    def spec(self) -> SpaceSpec:
+        return self.priced.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +116,7 @@ class Comparisons(HybridSearch):
         max_usd: Decimal | int | str | None = None,
         timeout: float = 3600.0,
         on_progress: Callable[[int], object] | None = None,
+        on_spent: Callable[[Spent], object] | None = None,
     ) -> Comparison:
         """Judge ``model`` against the model of a collection, or against ``against``, on a sample of the collection.
 
@@ -109,7 +125,7 @@ class Comparisons(HybridSearch):
         has the relevant texts and others chosen at random, ``sample`` in all. Workers embed what has no vector yet, as
         they answer any other request, and nothing is stored. A worker must serve each model. For each text of the
         sample, memory grows by only about 100 bytes. ``on_progress`` is called with the number of texts that were
-        compared so far.
+        compared so far, and ``on_spent`` with what is spent, before and after each request to workers.
 
         A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
         sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no
@@ -120,19 +136,22 @@ class Comparisons(HybridSearch):
         deadline = time.monotonic() + as_seconds("timeout", timeout)
         limit = None if max_usd is None else as_usd("max_usd", max_usd)
         as_function("on_progress", on_progress)
+        as_function("on_spent", on_spent)
         plan = self._plan(collection, model, against, sample, queries, dimensions, precision)
         quote = self._quote(plan)
         with self._transaction() as conn:
             require_affordable(
                 conn,
                 self._settings,
-                [one.space.spec for one in plan.models],
+                [one.spec for one in plan.models],
                 quote.usd,
                 limit=limit,
                 what="the comparison",
                 advice=f"Compare a smaller sample than {quote.contents:,} texts, or raise the limit.",
             )
+        spending = Spending(on_spent)
         for one in plan.models:
+            one.spending = spending
             self._ask_questions(one, plan, deadline)
         nearest, compared, refused = self._compare_sample(plan, deadline, on_progress)
         sides = (Side(), Side())
@@ -203,19 +222,23 @@ class Comparisons(HybridSearch):
             own = registry.get(conn, row.space_id)
         on_long = OnLong.SPLIT if own.spec.long_text is LongText.SPLIT else OnLong.TRUNCATE
 
-        def registering(name: str, dims: int | None, precise: Precision | str | None) -> Callable[[], Space]:
-            return lambda: self._space(name, on_long, dimensions=dims, precision=precise)
-
-        register_new = registering(model, dimensions, precision)
+        def contender(spec: SpaceSpec, register: Callable[[], Space] | None = None) -> _Model:
+            return _Model(
+                PricedSpace(self._transaction, self._settings, spec), register or partial(self._registered, spec)
+            )
 
         def own_space() -> Space:
             return own
 
-        register_old = own_space if against is None else registering(against, None, None)
-        old, new = _Model(register_old(), register_old), _Model(register_new(), register_new)
-        if old.space.spec.fingerprint == new.space.spec.fingerprint:
+        old = (
+            contender(own.spec, own_space)
+            if against is None
+            else contender(self._spec(against, on_long, dimensions=None, precision=None))
+        )
+        new = contender(self._spec(model, on_long, dimensions=dimensions, precision=precision))
+        if old.spec.fingerprint == new.spec.fingerprint:
             raise InvalidInput(
-                f"{model!r} would be compared with itself: both are space {new.space.spec.fingerprint[:12]}. Name "
+                f"{model!r} would be compared with itself: both are space {new.spec.fingerprint[:12]}. Name "
                 "another model, or other dimensions or another precision."
             )
         with self._transaction() as conn:
@@ -256,23 +279,22 @@ class Comparisons(HybridSearch):
 
     def _quote(self, plan: _Plan) -> ComparisonQuote:
         to_embed, tokens, contents = [0, 0], [0, 0], 0
-        priced = [PricedSpace(self._transaction, self._settings, one.space) for one in plan.models]
+        priced = [one.priced for one in plan.models]
         for i, one in enumerate(priced):
-            if one.is_paid:
-                # Queries that are timed are embedded alone, and are still sent only once.
-                tokens[i] += one.tokens_of(question.text for question in plan.questions)
-                tokens[i] += one.tokens_of(question.rest for question in plan.questions if question.rest is not None)
+            # Queries that are timed are embedded alone, and are still sent only once.
+            tokens[i] += one.tokens_of(question.text for question in plan.questions)
+            tokens[i] += one.tokens_of(question.rest for question in plan.questions if question.rest is not None)
         for window in self._sample(plan):
             contents += len(window)
             with self._transaction() as conn:
                 for i, one in enumerate(priced):
-                    missing = read.without_vector(conn, one.space, window)
+                    missing = without_vector(conn, one.spec, window)
                     to_embed[i] += len(missing)
-                    if one.is_paid and missing:
+                    if missing:
                         tokens[i] += one.tokens_of(golden.texts_of(conn, missing).values())
         usd = [one.usd_of(n) for one, n in zip(priced, tokens, strict=True)]
         return ComparisonQuote(
-            plan.collection.name, len(plan.questions), contents, to_embed[0], to_embed[1], usd[0], usd[1]
+            plan.collection.name, len(plan.questions), contents, to_embed[0], to_embed[1], usd[0], usd[1], sum(tokens)
         )
 
     def _ask_questions(self, one: _Model, plan: _Plan, deadline: float) -> None:
@@ -280,9 +302,9 @@ class Comparisons(HybridSearch):
         texts = [question.text for question in plan.questions]
         made = []
         for text in texts[:TIMED]:
-            began = time.perf_counter()
+            before = one.asked_seconds
             made.append(self._embed_now(one, [text], "query", deadline))
-            one.query_seconds.append(time.perf_counter() - began)
+            one.query_seconds.append(one.asked_seconds - before)
         made.append(self._embed_now(one, texts[TIMED:], "query", deadline))
         one.queries = np.concatenate(made)
         rests = [question.rest for question in plan.questions if question.rest is not None]
@@ -317,9 +339,9 @@ class Comparisons(HybridSearch):
             texts = golden.texts_of(conn, missing) if missing else {}
         one.from_store += len(vectors)
         wanted = [content_hash for content_hash in missing if content_hash in texts]
-        began, before = time.perf_counter(), one.other_tokens
+        began, before = one.asked_seconds, one.other_tokens
         made = self._embed_or_leave(one, wanted, texts, deadline)
-        one.seconds += time.perf_counter() - began
+        one.seconds += one.asked_seconds - began
         one.embedded += len(made)
         one.document_tokens += one.other_tokens - before
         one.other_tokens = before
@@ -346,12 +368,20 @@ class Comparisons(HybridSearch):
         """``(n, d)`` float32, each of length 1, which workers make, or which are stored."""
         left = max(0.0, deadline - time.monotonic())
         steps = self._asking_all(one.space, texts, kind, left, CALLER, register=one.register, is_cached=False)
-        embedded = run_steps(steps)
+
+        def ask() -> EmbeddedTexts:
+            began = time.perf_counter()
+            try:
+                return run_steps(steps)
+            finally:
+                one.asked_seconds += time.perf_counter() - began
+
+        embedded = one.spending.embed(one.priced, texts, ask)
         one.other_tokens += int(embedded.tokens.sum())
         return unit(embedded.vectors)
 
     def _contender(self, one: _Model, plan: _Plan) -> Contender:
-        spec = one.space.spec
+        spec = one.spec
         with self._transaction() as conn:
             price = judging.price_of(conn, self._settings, one.space)
         seconds = np.array(one.query_seconds) * 1e3

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 
 from chunkmill.client.estimate import EstimateRequest, provider_rule
 from chunkmill.domain.budget import dollars
-from chunkmill.domain.costs import Spent
-from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
+from chunkmill.domain.costs import Spent, known_sum, sum_of
+from chunkmill.domain.embedded import EmbeddedTexts, counted, estimated_tokens
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import Route
@@ -19,24 +19,25 @@ from chunkmill.errors import BudgetExceeded, InvalidSetting
 from chunkmill.ledger.money import budget, charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
-from chunkmill.spaces.registry import Space
+from chunkmill.spaces import registry
+from chunkmill.store import read
 
 
 class PricedSpace:
-    """A space, and what it costs to embed texts in it by plain requests."""
+    """A space, which need not be registered yet, and what it costs to embed texts in it by plain requests."""
 
     def __init__(
-        self, transaction: Callable[[], AbstractContextManager[sa.Connection]], settings: Settings, space: Space
+        self, transaction: Callable[[], AbstractContextManager[sa.Connection]], settings: Settings, spec: SpaceSpec
     ) -> None:
         """Raises :class:`InvalidSetting` if a provider serves the space and none is known."""
-        self.space = space
-        self.is_paid = space.spec.provider == OPENAI
+        self.spec = spec
+        self.is_paid = spec.provider == OPENAI
         if self.is_paid:
             settings.require_provider()
-            on_long = space.spec.long_text.policy
-            self._rule = provider_rule(settings, EstimateRequest(space.spec, Route.OPENAI_SYNC, None, on_long))
+            request = EstimateRequest(spec, Route.OPENAI_SYNC, None, spec.long_text.policy)
+            self._rule = provider_rule(settings, request)
             with transaction() as conn:
-                self._price = charges.price_today(conn, model_for(settings, space.spec))
+                self._price = charges.price_today(conn, model_for(settings, spec))
 
     def tokens_of(self, texts: Iterable[str]) -> int:
         """How many tokens a provider is sent, by the rules of an enqueue; for a local model it is an estimate."""
@@ -51,10 +52,12 @@ class PricedSpace:
         return None if self._price is None else self._price.of(tokens, Route.OPENAI_SYNC)
 
 
-def sum_of(amounts: Iterable[Decimal | None]) -> Decimal | None:
-    """US dollars; None if one of the amounts is not known."""
-    known = list(amounts)
-    return None if None in known else sum(filter(None, known), Decimal(0))
+def without_vector(conn: sa.Connection, spec: SpaceSpec, hashes: Sequence[bytes]) -> Sequence[bytes]:
+    """Those of the contents that have no vector in a space, which are all if there is no such space. Nothing is
+    written, so that a quote leaves nothing behind.
+    """
+    space = registry.find_and_hold(conn, spec.fingerprint)
+    return hashes if space is None else read.without_vector(conn, space, hashes)
 
 
 def require_affordable(
@@ -97,7 +100,7 @@ class Spending:
     def __init__(self, tell: Callable[[Spent], object] | None) -> None:
         """``tell`` gets the sum before and after each request."""
         self._tell = tell
-        self._spent = Spent(0, 0, Decimal(0))
+        self._spent = Spent(0, 0, Decimal(0), Decimal(0))
 
     def embed(self, priced: PricedSpace, texts: Sequence[str], ask: Callable[[], EmbeddedTexts]) -> EmbeddedTexts:
         """What ``ask`` returns, which has these texts embedded."""
@@ -106,11 +109,17 @@ class Spending:
         before, expected = self._spent, priced.tokens_of(texts)
         self._note(before, len(texts), expected, priced.usd_of(expected))
         embedded = ask()
-        tokens = int(embedded.tokens.sum()) or expected  # workers of an earlier release do not say it
-        self._note(before, len(texts), tokens, priced.usd_of(tokens))
+        _, tokens = counted(embedded, texts, lambda text: priced.tokens_of([text]))
+        made = len(texts) if embedded.made is None else int(embedded.made.sum())
+        self._note(before, made, tokens, priced.usd_of(tokens))
         return embedded
 
     def _note(self, before: Spent, texts: int, tokens: int, usd: Decimal | None) -> None:
-        self._spent = Spent(before.texts + texts, before.tokens + tokens, sum_of((before.usd, usd)))
+        self._spent = Spent(
+            before.texts + texts,
+            before.tokens + tokens,
+            sum_of((before.usd, usd)),
+            known_sum((before.known_usd, usd)),
+        )
         if self._tell is not None:
             self._tell(self._spent)

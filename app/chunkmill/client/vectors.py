@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from os import PathLike
 from typing import Any, Literal, overload
@@ -540,13 +541,7 @@ class Vectors(ClientPart):
             if text and not text.isspace():
                 prepare((f"texts[{i}]", text), i)
 
-        def register() -> registry.Space:
-            known = known_spaces(self._db)
-            if (space := known.get(spec)) is None:
-                with self._transaction() as conn:
-                    space = known[spec] = registry.register(conn, spec, storage=self._settings.vector_storage)
-            return space
-
+        register = partial(self._registered, spec)
         if (space := known_spaces(self._db).get(spec)) is None:
             registering = WorkStep(register)
             yield registering

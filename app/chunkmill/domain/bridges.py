@@ -58,6 +58,8 @@ class BridgeQuote(PrintedResult):
     estimate from their characters."""
     usd: Decimal | None
     """0 for local models. None if a provider's model has no price."""
+    known_usd: Decimal
+    """The part of it that is known: that of the models with a price."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from chunkmill.domain.costs import known_sum, sum_of
 from chunkmill.domain.printed import PrintedResult
 from chunkmill.domain.ranking import (
     Difference,
@@ -249,11 +250,19 @@ class ComparisonQuote(PrintedResult):
     old_usd: Decimal | None
     """0 for a local model. None if a provider's model has no price."""
     new_usd: Decimal | None
+    tokens: int = 0
+    """How many tokens the queries and these texts have in both models: a provider's as for an enqueue, and a local
+    model's by an estimate from their characters. 0 if a gateway of the last release says the quote."""
 
     @property
     def usd(self) -> Decimal | None:
         """What both cost; None if that is not known."""
-        return None if self.old_usd is None or self.new_usd is None else self.old_usd + self.new_usd
+        return sum_of((self.old_usd, self.new_usd))
+
+    @property
+    def known_usd(self) -> Decimal:
+        """The part of it that is known: that of the models with a price."""
+        return known_sum((self.old_usd, self.new_usd))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -135,6 +136,8 @@ class Spent(PrintedResult):
     """As the workers counted them, and of texts that are under way as many as were expected."""
     usd: Decimal | None
     """0 for local models. None if a provider's model has no price."""
+    known_usd: Decimal
+    """The part of it that is known: that of the models with a price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,18 @@ class Correction(PrintedResult):
 
     adjustment: Adjustment
     is_new: bool
+
+
+def sum_of(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    """US dollars; None if one of the amounts is not known."""
+    given = list(amounts)
+    return None if None in given else known_sum(given)
+
+
+def known_sum(amounts: Iterable[Decimal | None]) -> Decimal:
+    """US dollars of those of the amounts that are known. This is what limits are held against, because an amount that
+    nobody knows must not hide the others."""
+    return sum(filter(None, amounts), Decimal(0))
 
 
 USD_PLACES: Final = Decimal("1e-10")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from chunkmill.domain.printed import PrintedResult
@@ -21,6 +22,9 @@ class EmbeddedTexts(PrintedResult):
     """``(n,)`` bool: whether the text had more tokens than the model reads, so that its end is not in its vector."""
     spec: SpaceSpec | None = None
     """The space of the vectors. None in a part of an answer."""
+    made: NDArray[np.bool_] | None = None
+    """``(n,)`` bool: whether a worker made the vector for this answer. Of equal texts that is one at most, and none if
+    the vector was stored or in the cache of queries. None if that is not known."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -45,6 +49,16 @@ class EmbeddedText:
     """``(d,)`` float32."""
     tokens: int
     truncated: bool
+
+
+def counted(embedded: EmbeddedTexts, texts: Sequence[str], expected: Callable[[str], int]) -> tuple[int, int]:
+    """The tokens of all texts, and those of the texts whose vectors workers made for this answer.
+
+    A text has as many as ``expected`` if its worker has not counted them. Workers of an earlier release do not, and
+    while workers are replaced, one answer may have parts of both.
+    """
+    tokens = np.array([int(n) or expected(text) for n, text in zip(embedded.tokens, texts, strict=True)], np.int64)
+    return int(tokens.sum()), int(tokens.sum() if embedded.made is None else tokens[embedded.made].sum())
 
 
 def estimated_tokens(text: str) -> int:

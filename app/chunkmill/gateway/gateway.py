@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from chunkmill.client import Client
 from chunkmill.client.aio import AsyncClient
-from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
+from chunkmill.domain.embedded import EmbeddedTexts, counted, estimated_tokens
 from chunkmill.domain.prices import price_on
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import Route
@@ -96,7 +96,7 @@ class Gateway:
                     caller=caller.tenant,
                     blank=True,
                 )
-            use.settle(int(embedded.tokens.sum()))
+            use.settle(*counted(embedded, texts, estimated_tokens))
         return embedded
 
     @contextlib.asynccontextmanager

@@ -92,12 +92,16 @@ def register_and_hold(conn: sa.Connection, spec: SpaceSpec, *, storage: str) -> 
 
     Until then the caller writes what refers to it.
     """
-    hold = "SELECT id, fingerprint, spec, storage FROM spaces WHERE fingerprint = :fingerprint FOR KEY SHARE"
-    while True:
-        row = conn.execute(sa.text(hold), {"fingerprint": spec.fingerprint}).one_or_none()
-        if row:
-            return _space(row)
+    while (space := find_and_hold(conn, spec.fingerprint)) is None:
         register(conn, spec, storage=storage)
+    return space
+
+
+def find_and_hold(conn: sa.Connection, fingerprint: str) -> Space | None:
+    """:func:`find`, and keep everyone from dropping the space until the end of this transaction."""
+    query = "SELECT id, fingerprint, spec, storage FROM spaces WHERE fingerprint = :fingerprint FOR KEY SHARE"
+    row = conn.execute(sa.text(query), {"fingerprint": fingerprint}).one_or_none()
+    return _space(row) if row else None
 
 
 def find(conn: sa.Connection, fingerprint: str) -> Space | None:

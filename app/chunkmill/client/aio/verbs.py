@@ -405,6 +405,7 @@ class AsyncVerbs(RunningCalls):
         max_usd: Decimal | int | str | None = None,
         timeout: float = 3600.0,
         on_progress: Callable[[int], Awaitable[None] | None] | None = None,
+        on_spent: Callable[[Spent], Awaitable[None] | None] | None = None,
     ) -> Comparison:
         """Judge ``model`` against the model of a collection, or against ``against``, on a sample of the collection.
 
@@ -413,7 +414,7 @@ class AsyncVerbs(RunningCalls):
         has the relevant texts and others chosen at random, ``sample`` in all. Workers embed what has no vector yet, as
         they answer any other request, and nothing is stored. A worker must serve each model. For each text of the
         sample, memory grows by only about 100 bytes. ``on_progress`` is called with the number of texts that were
-        compared so far.
+        compared so far, and ``on_spent`` with what is spent, before and after each request to workers.
 
         A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
         sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no
@@ -433,6 +434,7 @@ class AsyncVerbs(RunningCalls):
             max_usd=max_usd,
             timeout=timeout,
             on_progress=on_progress,
+            on_spent=on_spent,
         )
 
     async def quote_comparison(

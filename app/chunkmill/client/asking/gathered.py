@@ -17,9 +17,13 @@ class DistinctTexts:
         self.missing = dict(zip(self._hashes, texts, strict=True))
         """``content hash → text`` of those without a vector so far, in the order of the call."""
         self._known: dict[bytes, EmbeddedText] = {}
+        self._made: set[bytes] = set()
 
-    def add(self, content_hash: bytes, embedded: EmbeddedText) -> None:
+    def add(self, content_hash: bytes, embedded: EmbeddedText, *, is_made: bool = False) -> None:
+        """Take the vector of a text. ``is_made`` says that a worker made it for this call."""
         self._known[content_hash] = embedded
+        if is_made:
+            self._made.add(content_hash)
         self.missing.pop(content_hash, None)
 
     def of(self, hashes: Iterable[bytes]) -> Iterator[tuple[bytes, EmbeddedText]]:
@@ -32,8 +36,12 @@ class DistinctTexts:
         vectors = np.empty((len(texts), dimensions), np.float32)
         for row, text in enumerate(texts):
             vectors[row] = text.vector
+        first = {content_hash: row for row, content_hash in reversed(list(enumerate(self._hashes)))}
+        made = np.zeros(len(texts), np.bool_)
+        made[[first[content_hash] for content_hash in self._made]] = True
         return EmbeddedTexts(
             vectors,
             np.fromiter((text.tokens for text in texts), np.int32, len(texts)),
             np.fromiter((text.truncated for text in texts), np.bool_, len(texts)),
+            made=made,
         )

@@ -319,7 +319,7 @@ class Inquiry:
         self, part: list[bytes], vectors: NDArray[np.float32], tokens: NDArray[np.int32], truncated: NDArray[np.bool_]
     ) -> None:
         for content_hash, vector, n_tokens, is_cut in zip(part, vectors, tokens, truncated, strict=True):
-            self.texts.add(content_hash, EmbeddedText(vector, int(n_tokens), bool(is_cut)))
+            self.texts.add(content_hash, EmbeddedText(vector, int(n_tokens), bool(is_cut)), is_made=True)
 
     def _require_time(self) -> Steps[None]:
         """Raise :class:`WaitTimeout` if an answer is missing and the time is over."""

@@ -48,10 +48,10 @@ class Use:
     price: Decimal
     """US dollars for one token."""
 
-    def settle(self, tokens: int) -> None:
-        """Book this number of tokens as used."""
+    def settle(self, tokens: int, paid: int | None = None) -> None:
+        """Book this number of tokens as used. Dollars are those of the ``paid`` ones, or of all."""
         self.tokens = tokens
-        self.usd = tokens * self.price
+        self.usd = (tokens if paid is None else paid) * self.price
 
 
 class Limits:

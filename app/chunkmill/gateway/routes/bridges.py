@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
-
 import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,7 +9,6 @@ from starlette.responses import Response
 from chunkmill.bridge.fitting import MIN_PAIRS
 from chunkmill.client.bridges import MAX_QUERIES, MAX_SAMPLE
 from chunkmill.domain.bridges import Bridge, BridgeQuote
-from chunkmill.domain.costs import Spent
 from chunkmill.domain.spaces import Precision
 from chunkmill.gateway import seen
 from chunkmill.gateway.asked import Query, wrong
@@ -19,7 +16,7 @@ from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.lasting import lasting, timeout_schema
-from chunkmill.gateway.routes.judging import read_quotable
+from chunkmill.gateway.routes.judging import paid_by, read_quotable
 from chunkmill.gateway.shapes import answer, list_of, object_of, schema_of
 from chunkmill.spaces import bridges
 
@@ -62,14 +59,9 @@ async def learn(gateway: Gateway, request: Request, caller: Caller) -> Response:
         quote = await gateway.client.quote_bridge(name, **asked.body)
         if asked.is_quote:
             return quote
-        async with gateway.limits.spending(caller, tokens=quote.tokens, usd=quote.usd or Decimal(0)) as use:
-
-            def spent(so_far: Spent) -> None:
-                use.tokens, use.usd = so_far.tokens, so_far.usd or Decimal(0)
-
-            use.settle(0)  # nothing is spent before the first request to workers, which `spent` hears of
+        async with paid_by(gateway, caller, quote) as spent:
             return await gateway.client.bridge(
-                name, **asked.body, max_usd=asked.max_usd, timeout=asked.seconds, on_progress=spent
+                name, **asked.body, max_usd=asked.limit(caller, quote), timeout=asked.seconds, on_progress=spent
             )
 
     return await lasting(gateway, learnt())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -12,12 +12,15 @@ import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chunkmill.domain.arguments import as_usd
+from chunkmill.domain.bridges import BridgeQuote
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
+from chunkmill.domain.costs import Spent
 from chunkmill.domain.embedded import estimated_tokens
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.results import SearchTuning
 from chunkmill.domain.spaces import Precision
-from chunkmill.errors import BudgetExceeded, ChunkmillError, InvalidInput, NotFound
+from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.gateway import seen
 from chunkmill.gateway.asked import read_optional, wrong
 from chunkmill.gateway.caller import Caller, Scope
@@ -85,11 +88,10 @@ async def compare(gateway: Gateway, request: Request, caller: Caller) -> Respons
         quote = await gateway.client.quote_comparison(name, **asked.body)
         if asked.is_quote:
             return quote
-        async with gateway.limits.spending(caller, tokens=0, usd=quote.usd or Decimal(0)) as use:
-            with free_if_refused(use, (BudgetExceeded,)):
-                told = await gateway.client.compare(name, **asked.body, max_usd=asked.max_usd, timeout=asked.seconds)
-            use.tokens = told.old.tokens + told.new.tokens
-        return told
+        async with paid_by(gateway, caller, quote) as spent:
+            return await gateway.client.compare(
+                name, **asked.body, max_usd=asked.limit(caller, quote), timeout=asked.seconds, on_spent=spent
+            )
 
     return await lasting(gateway, compared())
 
@@ -101,8 +103,14 @@ class QuotableRequest:
     collection: seen.VisibleCollection
     body: dict[str, Any]
     is_quote: bool
-    max_usd: Any
+    max_usd: Decimal | None
     seconds: float
+
+    def limit(self, caller: Caller, quote: BridgeQuote | ComparisonQuote) -> Decimal | None:
+        """How many US dollars it may cost: no more than the caller says. If the dollars of the key are limited, it is
+        no more than was quoted either, because that is what is reserved, and the collection may have grown since."""
+        reserved = None if caller.limits.usd_per_month is None else quote.usd
+        return min((usd for usd in (self.max_usd, reserved) if usd), default=None)
 
 
 async def read_quotable(
@@ -117,19 +125,37 @@ async def read_quotable(
     if not isinstance(is_quote, bool):
         raise wrong("dry_run", "it must be true or false")
     seconds = timeout_in(body, default_s)
-    most = body.pop("max_usd", None)
+    given = body.pop("max_usd", None)
+    most = None if given is None else as_usd("max_usd", given)
     body.pop("timeout_s", None)
     for model in (body["model"], body.get("against")):
         await gateway.models.require_usable(model, caller)
     return QuotableRequest(named, body, is_quote, most, seconds)
 
 
+@contextlib.asynccontextmanager
+async def paid_by(
+    gateway: Gateway, caller: Caller, quote: BridgeQuote | ComparisonQuote
+) -> AsyncIterator[Callable[[Spent], None]]:
+    """Reserve what was quoted for the key meanwhile, and book what the call says that it has spent.
+
+    Raises :class:`Refusal` if the key's limits do not allow what was quoted.
+    """
+    async with gateway.limits.spending(caller, tokens=quote.tokens, usd=quote.known_usd) as use:
+
+        def spent(so_far: Spent) -> None:
+            use.tokens, use.usd = so_far.tokens, so_far.known_usd
+
+        use.settle(0)  # nothing is spent before the first request to workers, which `spent` hears of
+        yield spent
+
+
 @contextlib.contextmanager
-def free_if_refused(use: Use, errors: tuple[type[ChunkmillError], ...] = (InvalidInput, NotFound)) -> Iterator[None]:
-    """What is refused before a query is embedded costs nothing. ``errors`` are those that say so."""
+def free_if_refused(use: Use) -> Iterator[None]:
+    """What is refused before a query is embedded costs nothing."""
     try:
         yield
-    except errors:
+    except (InvalidInput, NotFound):
         use.settle(0)
         raise
 

@@ -70,7 +70,7 @@ def test_a_method_takes_the_arguments_of_the_method_of_client() -> None:
         "enqueue": {"within"},
         "embed": {"precision"},
         "drop_collection": {"on_progress"},
-        "compare": {"on_progress"},
+        "compare": {"on_progress", "on_spent"},
         "bridge": {"on_progress"},
         "embed_texts": {"precision", "caller", "blank"},
     }
