@@ -19,6 +19,8 @@ define install
 	@$(BY_DIGEST) $(VENV)/requirements.txt
 	@$(LOCKED) --torch $(2) $(1) > $(VENV)/torch.txt
 	@$(BY_DIGEST) $(VENV)/torch.txt $(if $(filter cpu,$(2)),2> /dev/null || { \
+		echo "== pip finds no build of torch for the CPU. It takes that with CUDA: 3 GB more"; \
+		echo "   and some minutes. docs/running.md (One machine) says how to do without."; \
 		$(LOCKED) --torch cuda $(1) > $(VENV)/torch.txt && $(BY_DIGEST) $(VENV)/torch.txt; })
 	@$(PIP) --no-deps --no-build-isolation -e .
 endef

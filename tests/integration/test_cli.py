@@ -562,8 +562,11 @@ def test_a_dry_run_does_not_say_that_it_stores(processes: object, docs: Path) ->
     assert ("storing 3 chunks" in seen, "counting" in seen) == (True, False)
 
 
-def test_the_demo_does_it_all_and_leaves_nothing(home: Path) -> None:
+def test_the_demo_does_it_all_and_leaves_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "demo"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for unset in ("XDG_RUNTIME_DIR", "WORKER_SOCKET"):
+        monkeypatch.delenv(unset, raising=False)
     done = process("demo", "--limit", "60", "--home", str(folder), "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -573,6 +576,7 @@ def test_the_demo_does_it_all_and_leaves_nothing(home: Path) -> None:
     assert len(told["searches"]) == 4
     assert all(search["hits"] for search in told["searches"])
     assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readme_shows_what_the_demo_prints(home: Path) -> None:

@@ -144,7 +144,7 @@ def _known(error: Exception) -> tuple[str | None, str]:
         first = str(error.orig).strip().splitlines()[0]
         return (
             "not_allowed",
-            f"Postgres refused: {first}. Run this as the role that owns the tables: see docs/security.md.",
+            f"Postgres refused: {first}. Use a login that may do it; docs/security.md says what each may do.",
         )
     if isinstance(error, sa.exc.DBAPIError):
         # There is no traceback on purpose: below its first line Postgres may quote rows, and rows contain texts.

@@ -60,7 +60,7 @@ def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> Chunk
         return InvalidInput(f"Postgres cannot take one of the arguments ({type(driver).__name__}).")
     if code == "42501":
         return StoreUnavailable(
-            f"Postgres refused: {refusal(driver)}. Run this as the role that owns the tables: see docs/security.md."
+            f"Postgres refused: {refusal(driver)}. Use a login that may do it; docs/security.md says what each may do."
         )
     if not is_away(code):
         advice = "The same call may be made again." if is_transient(driver) else "`chunkmill doctor` shows more."

@@ -33,6 +33,7 @@ from chunkmill.system.python import module_command
 COLLECTION = "python-stdlib"
 QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]
 HITS = 5
+ACTIVATES = "the shell then finds chunkmill"
 READY_SECONDS = 600.0
 """How many seconds the worker may take to start. On a busy machine it may read torch and the model from a cold disk."""
 
@@ -112,6 +113,7 @@ class _Run:
     def _start_processes(self) -> None:
         env = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
         env["CHUNKMILL_HOME"] = str(self.stack.home)
+        env.setdefault("WORKER_SOCKET", f"unix:{self.folder}")  # where `auto` listens, a folder would be left
         celery = module_command("chunkmill_workers", "worker", "-Q", "gpu")
         poller = module_command("chunkmill.cli", "poller")
         for name, argv in (("worker", celery), ("poller", poller)):
@@ -237,7 +239,7 @@ def _activation() -> list[tuple[str, str]]:
         return []
     below = Path.cwd() in script.parents[1:]  # the shell looks up a name without a slash on its PATH
     here = script.relative_to(Path.cwd()) if below else script
-    return [(f". {shlex.quote(str(here))}", "so that the shell finds chunkmill")]
+    return [(f". {shlex.quote(str(here))}", ACTIVATES)]
 
 
 def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
@@ -254,9 +256,9 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
     screen.say(("With your own texts", "bold"))
     for command, what in (
         *_activation(),
-        ("chunkmill up", "Postgres and Redis that keep running"),
+        ("chunkmill up", "Postgres and Redis, to stay"),
         ("chunkmill worker", "in another terminal: it embeds"),
-        ("chunkmill poller", "in a third: it repeats what was lost"),
+        ("chunkmill poller", "in a third: repeats lost work"),
         ("chunkmill enqueue FOLDER -c docs --chunk 200", "documents, or FILE.csv"),
         ('chunkmill search "a question" -c docs', ""),
     ):
