@@ -33,6 +33,7 @@ ELSEWHERE = {
     "chunks get": "tests/integration/test_chunk_commands.py",
     "collections alias": "tests/integration/test_lives_of_collections.py",
     "collections unalias": "tests/integration/test_lives_of_collections.py",
+    "collections outdated": "tests/integration/test_outdated_chunks.py",
     "cost correct": "tests/integration/test_corrections.py",
     "enqueue docs.parquet --collection copy": "tests/integration/test_export.py",
     "lanes abandon": "tests/integration/test_openai_let_go.py",

@@ -62,6 +62,7 @@ def test_a_vector_is_searched(scene: GatewayScene, name: str) -> None:
         "keyword": None,
         "mixed": None,
         "bridge": None,
+        "outdated": False,
     }
     assert len(answer["hits"]) == 2
     assert answer["explanation"]["is_exact"] is True
@@ -158,6 +159,8 @@ HIDDEN = [
     ("GET", "/keywords"),
     ("POST", "/keywords"),
     ("DELETE", "/keywords"),
+    ("GET", "/outdated"),
+    ("POST", "/outdated"),
     ("GET", "/searches"),
     ("GET", "/vectors"),
     ("POST", "/search"),

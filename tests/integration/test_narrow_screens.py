@@ -29,6 +29,7 @@ SCREENS = {
     "chunks get": f"{NAME} guides/of/a/1",
     "chunks list": NAME,
     "collections": "",
+    "collections outdated": NAME,
     "cost": "--by job",
     "cost adjustments": "",
     "dead list": "",

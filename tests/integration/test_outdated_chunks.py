@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 
 from chunkmill import Chunk, Client, Hits, InvalidInput, NotFound, SearchHit, StoreUnavailable
+from chunkmill.cli.__main__ import cli
 from chunkmill.db.connect import create_db
 from chunkmill.domain.chunks import content_hash
 from chunkmill.poller.poller import Poller
@@ -356,3 +359,30 @@ def embedded(db: sa.Engine) -> set[str]:
         [space] = registry.all_spaces(conn)
         query = f"SELECT t.text FROM contents t JOIN {space.table_name} v USING (content_hash)"
         return set(conn.execute(sa.text(query)).scalars())
+
+
+def test_the_command_does_the_same_and_a_search_says_what_is_old(
+    plain: Client, db: sa.Engine, settings: Settings
+) -> None:
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+
+    def run(*arguments: str) -> str:
+        said = CliRunner().invoke(cli, list(arguments), env=env)
+        assert said.exit_code == 0, said.output
+        return said.output
+
+    assert "do not find a replaced chunk" in run("collections", "outdated", "others")
+    assert "0 chunks are found so now" in run("collections", "outdated", "others", "--serve")
+    for collection in ("docs", "others"):
+        plain.enqueue([("c1", "new 1")], collection=collection)
+    assert "1 chunk is found so now" in run("collections", "outdated", "others")
+    shown = run("search", "--like", "c0", "-c", "others", "-k", "1")
+    assert "c1  (old text)" in shown
+    assert "text 1" in shown
+    assert "(old text): the chunk was replaced, and its new text is not embedded yet." in shown
+    assert json.loads(run("search", "--like", "c0", "-c", "docs", "-k", "1", "--json"))[0]["outdated"] is True
+    assert json.loads(run("collections", "outdated", "others", "--hide", "--json")) == {
+        "collection": "others", "is_served": False, "waiting": 0,
+    }  # fmt: skip
+    assert plain.outdated("docs").waiting == 1
+    assert "old text" not in run("search", "--like", "c0", "-c", "others", "-k", "1")
