@@ -141,11 +141,7 @@ def search_all(
                {is_served} AS is_served
     """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
-    moment: dict[str, object] = {"most": str(MAX_SCANNED)}
-    if is_served != "true" or of_outdated:
-        moment |= {"collection": collection_id}
-    if is_served != "true":
-        moment |= {"space": space.id}
+    moment = {"most": str(MAX_SCANNED), "collection": collection_id, "space": space.id}
     try:
         settings = conn.execute(sa.text(prepare), moment).one()
     except sa.exc.ProgrammingError as error:
@@ -160,6 +156,7 @@ def search_all(
         space,
         f"AND {condition}" if where else "",
         parameters | {"collection": collection_id, "space": space.id},
+        collection_id=collection_id,
         where=where,
         has_outdated=outdated.is_served(conn, collection_id) if of_outdated is None else settings.has_outdated,
     )
@@ -252,12 +249,13 @@ class _CallContext:
     filtered: str
     """The condition on the chunk ``c``, with an AND before it; empty without a filter."""
     parameters: dict[str, object]
+    collection_id: int
+    where: Filter | None
+    """The filter itself."""
+    has_outdated: bool
+    """Replaced chunks are found by their old vectors until they have their new ones."""
     share: float = 1.0
     """About what share of the collection passes the filter."""
-    where: Filter | None = None
-    """The filter itself."""
-    has_outdated: bool = False
-    """Replaced chunks are found by their old vectors until they have their new ones."""
 
     def with_outdated(
         self,
@@ -277,7 +275,7 @@ class _CallContext:
             self.conn,
             self.space,
             query=_written(query),
-            collection_id=int(str(self.parameters["collection"])),
+            collection_id=self.collection_id,
             k=k,
             where=self.where,
         )
