@@ -23,11 +23,11 @@ VERBS = Path(__file__).parents[1] / "app" / "chunkmill" / "client" / "aio" / "ve
 OWN = {"from_env", "close", "batcher", "golden"}
 """What AsyncClient has in its own way."""
 LONG = {
-    "audit", "bridge", "cancel", "export", "flip", "index", "judge_reembedding", "keywords", "map", "quote_bridge",
-    "quote_comparison", "reembed", "retry", "rollback", "tune_search",
+    "audit", "bridge", "cancel", "export", "flip", "index", "judge_reembedding", "keywords", "map", "outdated",
+    "quote_bridge", "quote_comparison", "reembed", "retry", "rollback", "tune_search",
 }  # fmt: skip
-"""What may hold a connection for minutes, beside all that takes an iterable or a function. All other methods take
-moments, or wait in steps."""
+"""What may hold a connection for minutes, or for 20 s as `outdated` may, beside all that takes an iterable or a
+function. All other methods take moments, or wait in steps."""
 HEAD = '''"""The methods of ``AsyncClient``. `make docs` writes this file from those of ``Client``."""
 
 from __future__ import annotations

@@ -530,7 +530,7 @@ class AsyncVerbs(RunningCalls):
         Raises :class:`NotFound`, and :class:`StoreUnavailable` if the table of chunks was held for 20 s when the first
         collection was set so.
         """
-        return await self._short(self._client.outdated, collection, serve=serve)
+        return await self._long(self._client.outdated, collection, serve=serve)
 
     async def bridge(
         self,
