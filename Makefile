@@ -11,17 +11,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 # $(call install,EXTRAS,TORCH): exactly what requirements.lock lists for these extras, by digest, then the checkout itself.
 # Nothing is resolved or built on the way, so nothing else can come in. TORCH is cpu or cuda. A build of torch for the CPU
-# is taken where pip finds one, such as in a folder of PIP_FIND_LINKS, and else the one of the index.
+# is taken where pip finds one, such as in a folder of PIP_FIND_LINKS, and else the one of the index. torch is installed
+# beside the rest, because one pip uses one core.
 LOCKED := $(BIN)/python app/chunkmill/system/locked.py
 BY_DIGEST := $(PIP) --require-hashes --no-deps --only-binary :all: -r
 define install
 	@$(LOCKED) build,$(1) > $(VENV)/requirements.txt
-	@$(BY_DIGEST) $(VENV)/requirements.txt
 	@$(LOCKED) --torch $(2) $(1) > $(VENV)/torch.txt
-	@$(BY_DIGEST) $(VENV)/torch.txt $(if $(filter cpu,$(2)),2> /dev/null || { \
+	@$(BY_DIGEST) $(VENV)/requirements.txt & others=$$!; \
+		$(BY_DIGEST) $(VENV)/torch.txt $(if $(filter cpu,$(2)),2> /dev/null || { \
 		echo "== pip finds no build of torch for the CPU. It takes that with CUDA: 3 GB more"; \
 		echo "   and some minutes. docs/running.md (One machine) says how to do without."; \
-		$(LOCKED) --torch cuda $(1) > $(VENV)/torch.txt && $(BY_DIGEST) $(VENV)/torch.txt; })
+		$(LOCKED) --torch cuda $(1) > $(VENV)/torch.txt && $(BY_DIGEST) $(VENV)/torch.txt; }); torch=$$?; \
+		wait $$others; exit $$(($$? | torch))
 	@$(PIP) --no-deps --no-build-isolation -e .
 endef
 comma := ,
