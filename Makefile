@@ -11,17 +11,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 # $(call install,EXTRAS,TORCH): exactly what requirements.lock lists for these extras, by digest, then the checkout itself.
 # Nothing is resolved or built on the way, so nothing else can come in. TORCH is cpu or cuda. A build of torch for the CPU
-# is taken where pip finds one, such as in a folder of PIP_FIND_LINKS, and else the one of the index.
+# is taken where pip finds one, such as in a folder of PIP_FIND_LINKS, and else the one of the index. torch is installed
+# beside the rest, because one pip uses one core.
 LOCKED := $(BIN)/python app/chunkmill/system/locked.py
 BY_DIGEST := $(PIP) --require-hashes --no-deps --only-binary :all: -r
 define install
 	@$(LOCKED) build,$(1) > $(VENV)/requirements.txt
-	@$(BY_DIGEST) $(VENV)/requirements.txt
 	@$(LOCKED) --torch $(2) $(1) > $(VENV)/torch.txt
-	@$(BY_DIGEST) $(VENV)/torch.txt $(if $(filter cpu,$(2)),2> /dev/null || { \
+	@$(BY_DIGEST) $(VENV)/requirements.txt & others=$$!; \
+		$(BY_DIGEST) $(VENV)/torch.txt $(if $(filter cpu,$(2)),2> /dev/null || { \
 		echo "== pip finds no build of torch for the CPU. It takes that with CUDA: 3 GB more"; \
 		echo "   and some minutes. docs/running.md (One machine) says how to do without."; \
-		$(LOCKED) --torch cuda $(1) > $(VENV)/torch.txt && $(BY_DIGEST) $(VENV)/torch.txt; })
+		$(LOCKED) --torch cuda $(1) > $(VENV)/torch.txt && $(BY_DIGEST) $(VENV)/torch.txt; }); torch=$$?; \
+		wait $$others; exit $$(($$? | torch))
 	@$(PIP) --no-deps --no-build-isolation -e .
 endef
 comma := ,
@@ -35,26 +37,44 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test lint types unit servers wheel release lock bench bench-search chaos mutants busy fuzz aimock realservers conformance gpu audit floors docs clean
 
 help:
-	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
-	@echo "make test    install, then run everything that CI runs"
-	@echo "make wheel   build the wheel that the scripts in deploy install, into dist, and print its digest"
-	@echo "make release the same, with a list of its parts (SBOM, CycloneDX), their licences, and the digests of all of it"
-	@echo "make lock    write requirements.lock again, after a change of constraints.txt or of the dependencies"
-	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
-	@echo "make bench-search  search a collection of a million rows, beside exact search; an hour and a half on two cores"
-	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
-	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
-	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
-	@echo "make fuzz    send 10,000 random messages to the door and to a worker, and read 2,000 random folders; from fixed seeds"
-	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
-	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
-	@echo "make realservers  test the paid routes against Infinity, LiteLLM's proxy and ogx (1.5 GB; ogx needs PYTHON312)"
-	@echo "make conformance  test the gateway with the clients that others wrote and with OpenAI's own spec; needs Node 20 and npm"
-	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
-	@echo "make floors  test a producer with the lowest versions that pyproject.toml allows"
-	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
-	@echo "make gpu     run the GPU tests and benchmarks on a machine with an NVIDIA GPU, in under ten minutes; see docs/gpu.md"
-	@echo "make clean   remove .venv and caches"
+	@echo "make demo          install, then run one whole job on real documents, in under"
+	@echo "                   two minutes"
+	@echo "make test          install, then run everything that CI runs"
+	@echo "make wheel         build the wheel that the scripts in deploy install, into"
+	@echo "                   dist, and print its digest"
+	@echo "make release       the same, with a list of its parts (SBOM, CycloneDX), their"
+	@echo "                   licences, and the digests of all of it"
+	@echo "make lock          write requirements.lock again, after a change of"
+	@echo "                   constraints.txt or of the dependencies"
+	@echo "make bench         run every benchmark, beside other libraries; results in"
+	@echo "                   benchmarks/results, plots in docs/images"
+	@echo "make bench-search  search a collection of a million rows, beside exact search;"
+	@echo "                   an hour and a half on two cores"
+	@echo "make chaos         kill, freeze and cut everything while a job runs, and prove"
+	@echo "                   that nothing is lost; it also runs the slow tests"
+	@echo "make mutants       change the code in small wrong ways, one at a time, and see"
+	@echo "                   which the tests notice; run it before a release"
+	@echo "make busy          run the tests beside fifteen busy processes; they take five"
+	@echo "                   times as long and must pass too"
+	@echo "make fuzz          send 10,000 random messages to the door and to a worker, and"
+	@echo "                   read 2,000 random folders; from fixed seeds"
+	@echo "make servers       run the tests of everything that asks Postgres on the server"
+	@echo "                   of TEST_DATABASE_URL, such as a Postgres 15"
+	@echo "make aimock        test the paid routes against an independent mock of OpenAI's"
+	@echo "                   API; needs Node 20 and npm"
+	@echo "make realservers   test the paid routes against Infinity, LiteLLM's proxy and"
+	@echo "                   ogx (1.5 GB; ogx needs PYTHON312)"
+	@echo "make conformance   test the gateway with the clients that others wrote and with"
+	@echo "                   OpenAI's own spec; needs Node 20 and npm"
+	@echo "make audit         list known vulnerabilities of the installed packages;"
+	@echo "                   without a network it only says so"
+	@echo "make floors        test a producer with the lowest versions that pyproject.toml"
+	@echo "                   allows"
+	@echo "make docs          write docs/api.md, docs/settings.md and the list of"
+	@echo "                   decisions again"
+	@echo "make gpu           run the GPU tests and benchmarks on a machine with an NVIDIA"
+	@echo "                   GPU, in under ten minutes; see docs/gpu.md"
+	@echo "make clean         remove .venv and caches"
 
 demo: $(VENV)/.demo
 	@$(BIN)/chunkmill demo

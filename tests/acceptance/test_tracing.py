@@ -85,7 +85,7 @@ with Client.from_env() as client:
 """
 
 
-@pytest.mark.parametrize("socket", ["auto", "off"])
+@pytest.mark.parametrize("socket", ["auto", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_call_that_waits_for_a_worker_is_one_trace_with_it(processes: Processes, socket: str) -> None:
     traced = {"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_SCHEDULE_DELAY": "100", "WORKER_SOCKET": socket}
     worker = processes.worker(**traced)

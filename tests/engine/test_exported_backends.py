@@ -183,6 +183,7 @@ def test_the_default_model_gives_the_vectors_of_the_torch_engine(
     np.testing.assert_allclose(alone, expected[::3], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @openvino_alone
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this processor does not multiply bf16")
 def test_openvino_stays_within_its_gate_in_bf16(

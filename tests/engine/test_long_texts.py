@@ -179,7 +179,14 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", WITHOUT_PHRASES)
+# The others are of the same kinds of models and differ in what stands before them.
+ONE_OF_EACH_KIND = ("bert", "t5", "gpt2", "llama")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.slow) for name in WITHOUT_PHRASES],
+)
 @pytest.mark.parametrize("text", ODD)
 def test_an_odd_long_text_gets_the_ids_that_it_gets_whole(name: str, text: str) -> None:
     check(name, ODD[text])

@@ -41,8 +41,14 @@ def batch_of(engine: Engine, *, windows: bool = False) -> TokenBatch:
     return TokenBatch(rows, marks, np.full(len(rows), skip, np.int32))
 
 
-@pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "windows"),
+    [
+        ("auto", True),
+        ("fp32", False),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("auto", False), ("fp32", True))),
+    ],
+)
 @pytest.mark.parametrize("name", [*TOYS, "all-MiniLM-L6-v2"])
 def test_starting_a_pass_does_not_wait_for_the_device(
     name: str, dtype: str, windows: bool, toy_path: Callable[[str], Path], gpu: StandInGpu

@@ -149,7 +149,7 @@ def test_minilm_at_the_lengths_where_kernels_go_wrong(dtype: str, gate: float | 
         assert np.abs(result.vectors - expected).max() > 1e-5, "half precision was not used at all"
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("name", PACKED_TOYS)
 def test_half_precision_does_not_look_at_the_neighbours(name: str, dtype: str, toy_path: Callable[[str], Path]) -> None:
     engine, texts = load_packed(toy_path(name), dtype), sample(15)

@@ -101,7 +101,8 @@ def rates(pace: Pace, done: int, left: int, tokens: int) -> dict[str, float]:
         known["per_s"] = per_s
         if tokens_per_s > 0:
             known["tokens_per_s"] = tokens_per_s
-        known["eta_s"] = left / per_s
+        if (seconds := pace.seconds_left(left)) is not None:
+            known["eta_s"] = seconds
     return known
 
 

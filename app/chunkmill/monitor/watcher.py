@@ -32,10 +32,10 @@ TIMEOUT = "60s"
 
 @dataclass(frozen=True, slots=True)
 class Eta:
-    """How many contents of a job are embedded per second, and how many seconds it takes to embed the rest."""
+    """How many contents of a job are embedded per second, and how many seconds it takes to embed the rest, if known."""
 
     per_second: float
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,17 @@ class JobPaces:
         self._paces: dict[int, Pace] = {}
 
     def add(self, at: float, jobs: Sequence[OpenJob]) -> dict[int, Eta]:
-        """The ETAs of the jobs that were counted at least twice and in which something was embedded in between."""
+        """The ETAs of the jobs that were counted at least twice and in which something was embedded in between.
+
+        Their seconds are None until enough was embedded to tell them.
+        """
         self._paces = {job.id: self._paces.get(job.id, Pace(PACE_SECONDS)) for job in jobs}
         etas = {}
         for job in jobs:
-            (rate,) = self._paces[job.id].add(at, -job.remaining)
+            pace = self._paces[job.id]
+            (rate,) = pace.add(at, -job.remaining)
             if rate > 0:
-                etas[job.id] = Eta(rate, job.remaining / rate)
+                etas[job.id] = Eta(rate, pace.seconds_left(job.remaining))
         return etas
 
 

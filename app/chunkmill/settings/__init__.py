@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from chunkmill.domain.model_fields import WrongModels
 from chunkmill.domain.spaces import Pooling, Precision
@@ -372,6 +372,18 @@ class Settings(ProviderSettings, GatewaySettings):
         description="Meaning of token ids that a gateway gets instead of texts: `cl100k`, OpenAI's vocabulary, which "
         "OpenAI's and LangChain's clients use for every model; or `reject`, if none are taken.",
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the arguments and the environment alone. Looking for the other two takes as long, and finds nothing."""
+        return init_settings, env_settings
 
     @property
     def trust(self) -> Trust:

@@ -57,7 +57,9 @@ class JobProgress:
         if is_last:
             words += f", {job.state} after {_span(now - self._began)}"
         elif per_s > 0:
-            words += f", {per_s:,.{0 if per_s >= 10 else 1}f}/s, {_span(job.remaining / per_s)} left"
+            words += f", {per_s:,.{0 if per_s >= 10 else 1}f}/s"
+            if (seconds := self._pace.seconds_left(job.remaining)) is not None:
+                words += f", {_span(seconds)} left"
         if job.dead:
             words += f", {job.dead:,} dead"
         if is_last:

@@ -34,6 +34,8 @@ class JobsView:
     jobs: Sequence[Job] = ()
     per_s: dict[int, float] = field(default_factory=dict)
     """How many texts of each open job got a vector per second, by the job's id."""
+    seconds_left: dict[int, float | None] = field(default_factory=dict)
+    """How long each open job still takes, by its id; None if nobody can tell yet."""
     error: str | None = None
     read_at: float | None = None
     """When the jobs were read, on this process's monotonic clock."""
@@ -52,14 +54,15 @@ class JobsWatcher:
         try:
             jobs = self._client.jobs(self._limit)
         except StoreUnavailable as error:
-            self._view = replace(self._view, error=str(error), per_s={})
+            self._view = replace(self._view, error=str(error), per_s={}, seconds_left={})
             self._paces.clear()
             return self._view
         now = time.monotonic()
         open_jobs = [job for job in jobs if not job.state.is_final]
         self._paces = {job.id: self._paces.get(job.id) or Pace(PACE_SECONDS) for job in open_jobs}
         per_s = {job.id: self._paces[job.id].add(now, job.embedded)[0] for job in open_jobs}
-        self._view = JobsView(tuple(jobs), per_s, None, now)
+        seconds_left = {job.id: self._paces[job.id].seconds_left(job.remaining) for job in open_jobs}
+        self._view = JobsView(tuple(jobs), per_s, seconds_left, None, now)
         return self._view
 
     def close(self) -> None:
@@ -91,7 +94,7 @@ def fields(view: JobsView, at: float) -> dict[str, object]:
                 "dead": job.dead,
                 "progress": round(job.progress, 4),
                 "contents_per_s": view.per_s.get(job.id),
-                "eta_s": _eta(view, job),
+                "eta_s": view.seconds_left.get(job.id),
             }
             for job in view.jobs
         ],
@@ -127,7 +130,7 @@ def draw(view: JobsView | None, at: float, looking_since: float, columns: int) -
 
 
 def _row(view: JobsView, job: Job, *, has_dead: bool) -> list[Text]:
-    done, rate, eta = job.contents - job.remaining, view.per_s.get(job.id), _eta(view, job)
+    done, rate, eta = job.contents - job.remaining, view.per_s.get(job.id), view.seconds_left.get(job.id)
     style = STATE_STYLES.get(job.state.value, "")
     share = done / job.contents if job.contents else float(job.state.is_final)
     return [
@@ -140,8 +143,3 @@ def _row(view: JobsView, job: Job, *, has_dead: bool) -> list[Text]:
         Text(f"{rate:,.0f}" if rate else ""),
         Text(duration(round(eta)) if eta is not None else ""),
     ]
-
-
-def _eta(view: JobsView, job: Job) -> float | None:
-    rate = view.per_s.get(job.id)
-    return job.remaining / rate if rate else None

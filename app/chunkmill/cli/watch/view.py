@@ -202,7 +202,7 @@ def _jobs(view: View, totals: Totals) -> FittedTable:
                 job.remaining,
                 job.contents,
                 f"{eta.per_second:,.0f}" if eta else None,
-                duration(round(eta.seconds)) if eta else None,
+                duration(round(eta.seconds)) if eta and eta.seconds is not None else None,
             )
         )
     if len(totals.open_jobs) > SHOWN_JOBS:
