@@ -548,7 +548,7 @@ def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(
     body = {"query": "a question of the second key", "exact": True}
     answered(judged.ask(second, "POST", "/v1/collections/docs/search", json=body))
     asked = Decimal(judged.corridor.one(questions)) - before - charged
-    until(lambda: judged.used(second) > 0, lambda: judged.used(second))
+    until(lambda: judged.used(second) == asked, lambda: (judged.used(second), asked))
     assert asked > 0
     assert judged.used(first) == charged
 
@@ -583,6 +583,38 @@ def test_a_text_that_was_not_sent_to_the_provider_costs_the_key_no_dollars(judge
         of_key = partial(judged.corridor.one, booked, key=id_of(key))
         until(lambda of_key=of_key, n=used[key]: of_key() == n, of_key)
         assert judged.used(key) == paid[key]
+
+
+def test_a_search_costs_what_was_sent_to_the_provider_for_it(judged: Books) -> None:
+    """Several queries with one that is there twice, one that was asked before, and a vector; of two keys."""
+    first, second = (judged.key(name, ENOUGH, Scope.SEARCH) for name in ("one", "two"))
+    long = "which of them says the most about all these things, and where does it stand? " * 4
+
+    def search(key: str, name: str, query: Any) -> tuple[int, Decimal]:
+        """The tokens and dollars that the provider charged."""
+        was, before = (
+            judged.corridor.one(f"SELECT coalesce(sum({what}), 0) FROM charges") for what in ("tokens", "usd")
+        )
+        answered(judged.ask(key, "POST", f"/v1/collections/{name}/search", json={"query": query, "k": 2}))
+        now, after = (
+            judged.corridor.one(f"SELECT coalesce(sum({what}), 0) FROM charges") for what in ("tokens", "usd")
+        )
+        return int(now - was), Decimal(after) - Decimal(before)
+
+    tokens, usd = search(first, "docs", [long, "what is in it?", long])
+    assert usd == tokens * Decimal("0.02") / 1_000_000 > 0
+    assert search(second, "notes", long) == (0, 0)  # its vector is in the cache
+    more, dollars = search(second, "notes", "a query of the second key")
+    assert search(second, "docs", judged.corridor.client.embed([long], kind="query")[0].tolist()) == (0, 0)
+
+    [twice] = judged.corridor.client.embed_texts([long], kind="query").tokens
+    used = {first: tokens + int(twice), second: int(twice) + more}
+    assert more != estimated_tokens("a query of the second key")
+    booked = "SELECT sum(tokens)::int FROM api_key_usage WHERE key_id = :key"
+    for key, paid in ((first, usd), (second, dollars)):
+        of_key = partial(judged.corridor.one, booked, key=id_of(key))
+        until(lambda of_key=of_key, n=used[key]: of_key() == n, lambda of_key=of_key, key=key: (of_key(), used[key]))
+        assert judged.used(key) == paid
 
 
 def test_a_text_whose_worker_is_of_the_last_release_costs_the_key_what_was_expected(
@@ -872,11 +904,13 @@ def test_a_search_through_a_bridge_costs_what_the_model_of_its_queries_costs(bri
     narrow = bridgeable.key("narrow", ENOUGH, Scope.SEARCH, models={MODEL})
     query, path = "which number is in it?", "/v1/collections/{}/search"
     body = {"query": query, "k": 3, "bridge": LARGE}
+    before = Decimal(bridgeable.corridor.one(QUESTIONS))
 
     told = answered(bridgeable.ask(key, "POST", path.format("docs"), json=body))
 
     assert {hit["bridge"] for hit in told["hits"]} == {LARGE}
-    usd = estimated_tokens(query) * Decimal("0.13") / 1_000_000
+    usd = Decimal(bridgeable.corridor.one(QUESTIONS)) - before
+    assert usd % (Decimal("0.13") / 1_000_000) == 0 < usd
     until(lambda: bridgeable.used(key) == usd, lambda: (bridgeable.used(key), usd))
     assert bridgeable.used(other) == 0
     assert refused(bridgeable.ask(narrow, "POST", path.format("docs"), json=body)) == (403, "model_not_allowed")
