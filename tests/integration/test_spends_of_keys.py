@@ -517,14 +517,36 @@ def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tun
     )
     assert refused(judged.ask(poor, "POST", "/v1/collections/docs/tune-search")) == (429, "insufficient_quota")
 
+    before = Decimal(judged.corridor.one(QUESTIONS))
     told = answered(judged.ask(rich, "POST", "/v1/collections/docs/tune-search", json={"space": "active"}))
 
     assert (told["collection"], told["n"]) == ("docs", 6)
-    with judged.corridor.db.begin() as conn:
-        queries = golden.read(conn, judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'"), most=100)
-    estimate = sum(estimated_tokens(query.text) for query in queries) * Decimal("0.02") / 1_000_000
-    until(lambda: judged.used(rich) == estimate, lambda: (judged.used(rich), estimate))
+    charged = Decimal(judged.corridor.one(QUESTIONS)) - before
+    until(lambda: judged.used(rich) == charged > 0, lambda: (judged.used(rich), charged))
     assert (judged.used(other), judged.used(poor)) == (0, 0)
+    # The queries are in the cache by now. The texts under the titles, which are sent too, are not.
+    answered(judged.ask(other, "POST", "/v1/collections/docs/tune-search", json={"space": "active"}))
+    again = Decimal(judged.corridor.one(QUESTIONS)) - before - charged
+    until(lambda: judged.used(other) == again, lambda: (judged.used(other), again))
+    assert 0 < again < charged
+    assert judged.used(rich) == charged
+
+
+def test_what_is_expected_of_golden_queries_has_the_texts_under_their_titles(judged: Books) -> None:
+    """Of two keys, the one has enough for the titles alone."""
+    with judged.corridor.db.begin() as conn:
+        collection = judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'")
+        questions = golden.judgeable(conn, collection, golden.read(conn, collection, most=100))
+    titles = sum(estimated_tokens(question.text) for question in questions)
+    rests = sum(estimated_tokens(question.rest or "") for question in questions)
+    price = Decimal("0.02") / 1_000_000
+    titles_only, enough = (
+        judged.key(name, tokens * price, Scope.ADMIN)
+        for name, tokens in (("titles only", titles + rests - 1), ("enough", titles + rests))
+    )
+    path = "/v1/collections/docs/tune-search"
+    assert refused(judged.ask(titles_only, "POST", path)) == (429, "insufficient_quota")
+    answered(judged.ask(enough, "POST", path))
 
 
 def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(judged: Books) -> None:
@@ -652,22 +674,22 @@ def test_what_is_refused_before_a_query_is_embedded_costs_nothing(judged: Books,
     until(lambda: judged.used(key) == 0, lambda: judged.used(key))
 
 
-def test_the_queries_of_a_judgement_cost_the_key_that_asked_for_it_in_both_spaces(
-    judged: Books, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the key that asked, and by the collection of the re-embedding. Of the judgement itself, nothing is run."""
+def test_the_queries_of_a_judgement_cost_the_key_that_asked_for_it_in_both_spaces(judged: Books) -> None:
+    """Only the key that asked, and by the collection of the re-embedding."""
     client = judged.corridor.client
     asking, other = (judged.key(name, ENOUGH, Scope.ADMIN) for name in ("asking", "other"))
     moves = {name: client.reembed(name, to=LARGE, dimensions=8) for name in ("docs", "notes")}
     client.golden("notes").clear()
-    monkeypatch.setattr(Client, "judge_reembedding", lambda self, which, **_: self.reembedding(which))
+    with judged.corridor.db.begin() as conn:  # before anything is filled, so that nobody else judges them
+        conn.execute(sa.text("UPDATE reembeddings SET state = 'judging'"))
+    before = Decimal(judged.corridor.one(QUESTIONS))
 
     for move in moves.values():
         answered(judged.ask(asking, "POST", f"/v1/reembeddings/{move.id}/judge"))
 
-    with judged.corridor.db.begin() as conn:
-        queries = golden.read(conn, judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'"))
-    usd = sum(estimated_tokens(query.text) for query in queries) * (Decimal("0.02") + Decimal("0.13")) / 1_000_000
+    spaces = "SELECT count(DISTINCT space_id) FROM charges WHERE job_id = 0 AND usd > 0"
+    assert judged.corridor.one(spaces) == 2
+    usd = Decimal(judged.corridor.one(QUESTIONS)) - before
     until(lambda: judged.used(asking) == usd > 0, lambda: (judged.used(asking), usd))
     assert judged.used(other) == 0
 
