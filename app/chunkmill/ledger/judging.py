@@ -240,7 +240,9 @@ class _Measuring:
     spaces: tuple[Space, Space]
     deadline: float
     is_stopping: Callable[[], bool]
-    count: Count
+    count: Count = uncounted
+    asked_seconds: float = 0.0
+    """How long texts have been with workers so far, without what it takes to count them."""
 
     def run(
         self,
@@ -260,9 +262,9 @@ class _Measuring:
         # Each query is timed in one space and then in the other, so that other work on the machine slows both.
         for question in questions[:TIMED]:
             for which, space in enumerate(self.spaces):
-                began = time.perf_counter()
+                before = self.asked_seconds
                 alone[which].append(self._embed(space, [question.text], "query"))
-                seconds[which].append(time.perf_counter() - began)
+                seconds[which].append(self.asked_seconds - before)
         for which, space in enumerate(self.spaces):
             others = self._embed(space, [question.text for question in questions[TIMED:]], "query")
             asked.append(np.concatenate([*alone[which], others]))
@@ -331,7 +333,7 @@ class _Measuring:
         )
         waiting: dict[int, range] = {}
         remaining = [range(i, min(i + PART_TEXTS, len(texts))) for i in range(0, len(texts), PART_TEXTS)][::-1]
-        pause = FIRST_LOOK_SECONDS
+        pause, began = FIRST_LOOK_SECONDS, time.perf_counter()
         try:
             while self._ask(space, texts, kind, remaining, waiting):
                 self._require_going_on()
@@ -351,6 +353,7 @@ class _Measuring:
                 if not answers:
                     time.sleep(pause)
         finally:
+            self.asked_seconds += time.perf_counter() - began
             if waiting:
                 with self.db.begin() as conn:
                     embed_requests.withdraw_all(conn, list(waiting))
