@@ -57,7 +57,7 @@ def is_asked(db: sa.Engine) -> bool:
 
 
 def test_on_loopback_it_makes_a_key_prints_it_once_and_ends_in_order(processes: Processes, db: sa.Engine) -> None:
-    process = processes.start("chunkmill.cli", "gateway", "--port", "0")
+    process = processes.start("chunkmill.cli", "gateway", "--port", "0", GATEWAY_DRAIN_SECONDS=str(PATIENCE))
     url, _, key = started(process).partition("/?key=")
     assert key.startswith("cmk_")
     assert process.output().count(f": {key}") == 1
@@ -88,7 +88,8 @@ def test_with_keys_it_listens_at_all_addresses_with_tls_and_a_second_signal_ends
     authority = make_authority(tmp_path)
     key = a_key(db)
     files = ["--tls-cert", str(tmp_path / "good.crt"), "--tls-key", str(tmp_path / "good.key")]
-    process = processes.start("chunkmill.cli", "gateway", "--host", "0.0.0.0", "--port", "0", *files)  # noqa: S104
+    listens = ("--host", "0.0.0.0", "--port", "0")  # noqa: S104
+    process = processes.start("chunkmill.cli", "gateway", *listens, *files, GATEWAY_DRAIN_SECONDS=str(PATIENCE))
     url = started(process)
     assert url.startswith("https://")
     assert "key=" not in process.output()

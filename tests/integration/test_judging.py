@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ import sqlalchemy as sa
 from chunkmill import Client, Gates
 from chunkmill.domain import serving
 from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import GateResult
-from chunkmill.domain.spaces import OnLong
+from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.ledger import judging
 from chunkmill.ledger.judging import Judgement, JudgingStopped, judge
 from chunkmill.models import DEFAULT_MODEL
@@ -238,6 +239,31 @@ def test_the_recall_is_that_of_the_serving_index_of_the_new_space(
     assert not result.passed
     assert result.measured is not None
     assert 0.3 < result.measured < 0.7
+
+
+def test_who_pays_is_told_of_every_text_and_its_tokens(
+    vouching: Client, db: sa.Engine, two_spaces: tuple[registry.Space, registry.Space], responder: EmbedResponder
+) -> None:
+    vouching.golden("docs").from_titles(7)
+    told: dict[str, dict[str, int]] = {space.spec.fingerprint: {} for space in two_spaces}
+
+    def count(spec: SpaceSpec, texts: Sequence[str], ask: Callable[[], EmbeddedTexts]) -> EmbeddedTexts:
+        embedded = ask()
+        told[spec.fingerprint] |= zip(texts, embedded.tokens.tolist(), strict=True)
+        return embedded
+
+    with db.begin() as conn:
+        number = collections.find(conn, "docs").id
+    judge(db, vouching._settings, number, *two_spaces, Gates(queries=7), timeout=PATIENCE, count=count)
+
+    first, second = told.values()
+    assert len(first) == 14  # titles, and the texts under them
+    assert {part for text in first for part in text.split("\n")} <= {
+        p for text in CHUNKS.values() for p in text.split("\n")
+    }
+    assert (
+        first == second == dict(zip(first, vouching.embed_texts(first, timeout=PATIENCE).tokens.tolist(), strict=True))
+    )
 
 
 def test_who_is_stopped_takes_the_texts_back(

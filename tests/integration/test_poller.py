@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 import redis
 import sqlalchemy as sa
+from click.testing import CliRunner
 
 from chunkmill import Client
 from chunkmill.broker import Broker
+from chunkmill.cli.__main__ import cli
+from chunkmill.cli.processes import processes
 from chunkmill.client import Client as ClientClass
 from chunkmill.db.connect import create_db
 from chunkmill.domain.doorbells import DoorbellWindow
@@ -27,7 +31,7 @@ from chunkmill.settings import Settings
 from tests.integration.conftest import Runner
 from tests.support.cutting_proxy import Cut, cutting_proxy
 from tests.support.server_start import server_started
-from tests.support.waiting import running, together, until
+from tests.support.waiting import PATIENCE, running, together, until
 
 
 @pytest.fixture
@@ -365,3 +369,49 @@ def test_a_step_that_breaks_its_connection_in_each_round_does_not_keep_leases_fr
             poller.round()
         assert state(db) == "available"
         poller._patient_until = 7.0
+
+
+@pytest.fixture
+def ending(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[threading.Event], object]], None]:
+    """Runs the command of a poller that ends at once, while a thread of its own does something."""
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(processes, "configure", lambda *_: None)
+    for name, url in (("DATABASE_URL", settings.require_database_url()), ("REDIS_URL", settings.require_redis_url())):
+        monkeypatch.setenv(name, url)
+
+    def run(work: Callable[[threading.Event], object]) -> None:
+        def start(stop: threading.Event) -> threading.Thread:
+            thread = threading.Thread(target=work, args=(stop,), daemon=True)
+            thread.start()
+            return thread
+
+        monkeypatch.setattr(processes, "Deliverer", lambda *_: SimpleNamespace(start=start))
+        monkeypatch.setattr(processes, "Poller", lambda *_: SimpleNamespace(run=lambda stop: None))
+        result = CliRunner().invoke(cli, ["poller"])
+        assert result.exit_code == 0, result.output
+
+    return run
+
+
+def test_a_poller_that_ends_waits_for_its_threads(ending: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LAST_SECONDS", PATIENCE)
+    ended: list[str] = []
+
+    def work(stop: threading.Event) -> None:
+        assert stop.wait(PATIENCE)
+        time.sleep(0.3)
+        ended.append("a moment later")
+
+    ending(work)
+    assert ended == ["a moment later"]
+
+
+def test_a_poller_that_ends_leaves_a_thread_that_hangs(
+    ending: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LAST_SECONDS", 0.1)
+    over = threading.Event()
+    ending(lambda _: over.wait(PATIENCE))
+    over.set()

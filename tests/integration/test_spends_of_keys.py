@@ -517,14 +517,36 @@ def test_the_golden_queries_of_a_collection_cost_the_key_that_has_its_search_tun
     )
     assert refused(judged.ask(poor, "POST", "/v1/collections/docs/tune-search")) == (429, "insufficient_quota")
 
+    before = Decimal(judged.corridor.one(QUESTIONS))
     told = answered(judged.ask(rich, "POST", "/v1/collections/docs/tune-search", json={"space": "active"}))
 
     assert (told["collection"], told["n"]) == ("docs", 6)
-    with judged.corridor.db.begin() as conn:
-        queries = golden.read(conn, judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'"), most=100)
-    estimate = sum(estimated_tokens(query.text) for query in queries) * Decimal("0.02") / 1_000_000
-    until(lambda: judged.used(rich) == estimate, lambda: (judged.used(rich), estimate))
+    charged = Decimal(judged.corridor.one(QUESTIONS)) - before
+    until(lambda: judged.used(rich) == charged > 0, lambda: (judged.used(rich), charged))
     assert (judged.used(other), judged.used(poor)) == (0, 0)
+    # The queries are in the cache by now. The texts under the titles, which are sent too, are not.
+    answered(judged.ask(other, "POST", "/v1/collections/docs/tune-search", json={"space": "active"}))
+    again = Decimal(judged.corridor.one(QUESTIONS)) - before - charged
+    until(lambda: judged.used(other) == again, lambda: (judged.used(other), again))
+    assert 0 < again < charged
+    assert judged.used(rich) == charged
+
+
+def test_what_is_expected_of_golden_queries_has_the_texts_under_their_titles(judged: Books) -> None:
+    """Of two keys, the one has enough for the titles alone."""
+    with judged.corridor.db.begin() as conn:
+        collection = judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'")
+        questions = golden.judgeable(conn, collection, golden.read(conn, collection, most=100))
+    titles = sum(estimated_tokens(question.text) for question in questions)
+    rests = sum(estimated_tokens(question.rest or "") for question in questions)
+    price = Decimal("0.02") / 1_000_000
+    titles_only, enough = (
+        judged.key(name, tokens * price, Scope.ADMIN)
+        for name, tokens in (("titles only", titles + rests - 1), ("enough", titles + rests))
+    )
+    path = "/v1/collections/docs/tune-search"
+    assert refused(judged.ask(titles_only, "POST", path)) == (429, "insufficient_quota")
+    answered(judged.ask(enough, "POST", path))
 
 
 def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(judged: Books) -> None:
@@ -548,7 +570,7 @@ def test_texts_that_are_embedded_at_once_cost_the_key_what_the_provider_charges(
     body = {"query": "a question of the second key", "exact": True}
     answered(judged.ask(second, "POST", "/v1/collections/docs/search", json=body))
     asked = Decimal(judged.corridor.one(questions)) - before - charged
-    until(lambda: judged.used(second) > 0, lambda: judged.used(second))
+    until(lambda: judged.used(second) == asked, lambda: (judged.used(second), asked))
     assert asked > 0
     assert judged.used(first) == charged
 
@@ -583,6 +605,38 @@ def test_a_text_that_was_not_sent_to_the_provider_costs_the_key_no_dollars(judge
         of_key = partial(judged.corridor.one, booked, key=id_of(key))
         until(lambda of_key=of_key, n=used[key]: of_key() == n, of_key)
         assert judged.used(key) == paid[key]
+
+
+def test_a_search_costs_what_was_sent_to_the_provider_for_it(judged: Books) -> None:
+    """Several queries with one that is there twice, one that was asked before, and a vector; of two keys."""
+    first, second = (judged.key(name, ENOUGH, Scope.SEARCH) for name in ("one", "two"))
+    long = "which of them says the most about all these things, and where does it stand? " * 4
+
+    def search(key: str, name: str, query: Any) -> tuple[int, Decimal]:
+        """The tokens and dollars that the provider charged."""
+        was, before = (
+            judged.corridor.one(f"SELECT coalesce(sum({what}), 0) FROM charges") for what in ("tokens", "usd")
+        )
+        answered(judged.ask(key, "POST", f"/v1/collections/{name}/search", json={"query": query, "k": 2}))
+        now, after = (
+            judged.corridor.one(f"SELECT coalesce(sum({what}), 0) FROM charges") for what in ("tokens", "usd")
+        )
+        return int(now - was), Decimal(after) - Decimal(before)
+
+    tokens, usd = search(first, "docs", [long, "what is in it?", long])
+    assert usd == tokens * Decimal("0.02") / 1_000_000 > 0
+    assert search(second, "notes", long) == (0, 0)  # its vector is in the cache
+    more, dollars = search(second, "notes", "a query of the second key")
+    assert search(second, "docs", judged.corridor.client.embed([long], kind="query")[0].tolist()) == (0, 0)
+
+    [twice] = judged.corridor.client.embed_texts([long], kind="query").tokens
+    used = {first: tokens + int(twice), second: int(twice) + more}
+    assert more != estimated_tokens("a query of the second key")
+    booked = "SELECT sum(tokens)::int FROM api_key_usage WHERE key_id = :key"
+    for key, paid in ((first, usd), (second, dollars)):
+        of_key = partial(judged.corridor.one, booked, key=id_of(key))
+        until(lambda of_key=of_key, n=used[key]: of_key() == n, lambda of_key=of_key, key=key: (of_key(), used[key]))
+        assert judged.used(key) == paid
 
 
 def test_a_text_whose_worker_is_of_the_last_release_costs_the_key_what_was_expected(
@@ -620,22 +674,22 @@ def test_what_is_refused_before_a_query_is_embedded_costs_nothing(judged: Books,
     until(lambda: judged.used(key) == 0, lambda: judged.used(key))
 
 
-def test_the_queries_of_a_judgement_cost_the_key_that_asked_for_it_in_both_spaces(
-    judged: Books, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the key that asked, and by the collection of the re-embedding. Of the judgement itself, nothing is run."""
+def test_the_queries_of_a_judgement_cost_the_key_that_asked_for_it_in_both_spaces(judged: Books) -> None:
+    """Only the key that asked, and by the collection of the re-embedding."""
     client = judged.corridor.client
     asking, other = (judged.key(name, ENOUGH, Scope.ADMIN) for name in ("asking", "other"))
     moves = {name: client.reembed(name, to=LARGE, dimensions=8) for name in ("docs", "notes")}
     client.golden("notes").clear()
-    monkeypatch.setattr(Client, "judge_reembedding", lambda self, which, **_: self.reembedding(which))
+    with judged.corridor.db.begin() as conn:  # before anything is filled, so that nobody else judges them
+        conn.execute(sa.text("UPDATE reembeddings SET state = 'judging'"))
+    before = Decimal(judged.corridor.one(QUESTIONS))
 
     for move in moves.values():
         answered(judged.ask(asking, "POST", f"/v1/reembeddings/{move.id}/judge"))
 
-    with judged.corridor.db.begin() as conn:
-        queries = golden.read(conn, judged.corridor.one("SELECT id FROM collections WHERE name = 'docs'"))
-    usd = sum(estimated_tokens(query.text) for query in queries) * (Decimal("0.02") + Decimal("0.13")) / 1_000_000
+    spaces = "SELECT count(DISTINCT space_id) FROM charges WHERE job_id = 0 AND usd > 0"
+    assert judged.corridor.one(spaces) == 2
+    usd = Decimal(judged.corridor.one(QUESTIONS)) - before
     until(lambda: judged.used(asking) == usd > 0, lambda: (judged.used(asking), usd))
     assert judged.used(other) == 0
 
@@ -872,11 +926,13 @@ def test_a_search_through_a_bridge_costs_what_the_model_of_its_queries_costs(bri
     narrow = bridgeable.key("narrow", ENOUGH, Scope.SEARCH, models={MODEL})
     query, path = "which number is in it?", "/v1/collections/{}/search"
     body = {"query": query, "k": 3, "bridge": LARGE}
+    before = Decimal(bridgeable.corridor.one(QUESTIONS))
 
     told = answered(bridgeable.ask(key, "POST", path.format("docs"), json=body))
 
     assert {hit["bridge"] for hit in told["hits"]} == {LARGE}
-    usd = estimated_tokens(query) * Decimal("0.13") / 1_000_000
+    usd = Decimal(bridgeable.corridor.one(QUESTIONS)) - before
+    assert usd % (Decimal("0.13") / 1_000_000) == 0 < usd
     until(lambda: bridgeable.used(key) == usd, lambda: (bridgeable.used(key), usd))
     assert bridgeable.used(other) == 0
     assert refused(bridgeable.ask(narrow, "POST", path.format("docs"), json=body)) == (403, "model_not_allowed")

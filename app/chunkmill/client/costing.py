@@ -16,6 +16,7 @@ from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.errors import BudgetExceeded, InvalidSetting
+from chunkmill.ledger.judging import Count, uncounted
 from chunkmill.ledger.money import budget, charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
@@ -123,3 +124,21 @@ class Spending:
         )
         if self._tell is not None:
             self._tell(self._spent)
+
+
+def counting(
+    transaction: Callable[[], AbstractContextManager[sa.Connection]],
+    settings: Settings,
+    tell: Callable[[Spent], object] | None,
+) -> Count:
+    """Counts what is embedded in any space, for whoever pays for it, as :class:`Spending` does."""
+    if tell is None:
+        return uncounted
+    spending, priced = Spending(tell), dict[str, PricedSpace]()
+
+    def count(spec: SpaceSpec, texts: Sequence[str], ask: Callable[[], EmbeddedTexts]) -> EmbeddedTexts:
+        if spec.fingerprint not in priced:
+            priced[spec.fingerprint] = PricedSpace(transaction, settings, spec)
+        return spending.embed(priced[spec.fingerprint], texts, ask)
+
+    return count

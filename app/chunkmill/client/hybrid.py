@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -12,14 +12,17 @@ import sqlalchemy as sa
 
 from chunkmill.broker import Broker
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.costing import counting
 from chunkmill.client.steps import run_steps
 from chunkmill.client.vectors import Vectors
 from chunkmill.domain import mixing
-from chunkmill.domain.arguments import as_number, as_seconds, as_text, require_name
+from chunkmill.domain.arguments import as_function, as_number, as_seconds, as_text, require_name
 from chunkmill.domain.comparing import Question, unit
+from chunkmill.domain.costs import Spent
 from chunkmill.domain.golden import MAX_JUDGED, GoldenQuery, read_judgements, read_queries
 from chunkmill.domain.results import GoldenLoaded, Keywords, SearchTuning
 from chunkmill.errors import InvalidInput, NotFound
+from chunkmill.ledger.judging import Count
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry, serving
 from chunkmill.store import golden, keywords
@@ -92,19 +95,28 @@ class HybridSearch(Vectors):
         made._closing = self._closing
         return made
 
-    def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
+    def tune_search(
+        self,
+        collection: str,
+        *,
+        timeout: float = 600.0,
+        space: str | None = None,
+        on_spent: Callable[[Spent], object] | None = None,
+    ) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
         If mixing is better even at the lower bound of its confidence interval, searches are mixed from then on;
         otherwise they use vectors alone. The report says why. Call it again when the collection, its space or its
         golden queries have changed. At most 2,000 queries are judged, chosen at random, and a worker embeds them. The
         choice holds for one space: ``space`` names another one of the collection than the active one, as in
-        :meth:`search`, for example before the collection moves to it.
+        :meth:`search`, for example before the collection moves to it. ``on_spent`` is called with what is spent, before
+        and after each request to workers.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
         require_name("collection", collection)
+        as_function("on_spent", on_spent)
         deadline = time.monotonic() + as_seconds("timeout", timeout)
         with self._transaction() as conn:
             served = serving.find(conn, collection)
@@ -123,9 +135,10 @@ class HybridSearch(Vectors):
                 f"{len(judged)} of the {len(queries):,} golden queries of collection {collection!r} can be judged, and "
                 "it takes two at least. The others have no relevant chunk in the collection, or its title has changed."
             )
-        asked = self._embedded(meant, [question.text for question in judged], "query", deadline)
+        count = counting(self._transaction, self._settings, on_spent)
+        asked = self._embedded(meant, [question.text for question in judged], "query", deadline, count)
         rests = [question.rest for question in judged if question.rest is not None]
-        rest_vectors = iter(self._embedded(meant, rests, "document", deadline))
+        rest_vectors = iter(self._embedded(meant, rests, "document", deadline, count))
         ndcg, rrf = np.empty((len(judged), len(mixing.ALPHAS))), np.empty(len(judged))
         for i, question in enumerate(judged):
             stands_in = None if question.rest is None else (question.rest, next(rest_vectors))
@@ -163,9 +176,12 @@ class HybridSearch(Vectors):
         cosines, scores = keywords.scores_of(candidates)
         return mixing.judge(cosines, scores, [one.chunk_id for one in candidates], grades)
 
-    def _embedded(self, space: registry.Space, texts: Sequence[str], kind: str, deadline: float) -> NDArray[np.float32]:
+    def _embedded(
+        self, space: registry.Space, texts: Sequence[str], kind: str, deadline: float, count: Count
+    ) -> NDArray[np.float32]:
         """``(n, d)`` float32, each of length 1."""
-        return unit(run_steps(self._asking_all(space, texts, kind, max(0.0, deadline - time.monotonic()))).vectors)
+        steps = self._asking_all(space, texts, kind, max(0.0, deadline - time.monotonic()))
+        return unit(count(space.spec, texts, lambda: run_steps(steps)).vectors)
 
 
 class GoldenQueries(ClientPart):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Literal, overload
 
 import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.costing import counting
 from chunkmill.client.paying import usd_of
 from chunkmill.client.quoting import quote
 from chunkmill.client.stopping import end_if_stopped
-from chunkmill.domain.arguments import as_flag, as_number, as_seconds, as_text, as_word, require_name
+from chunkmill.domain.arguments import as_flag, as_function, as_number, as_seconds, as_text, as_word, require_name
+from chunkmill.domain.costs import Spent
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import (
@@ -229,12 +231,16 @@ class Reembeddings(ClientPart):
         with self._db.connect() as conn:
             self._ring(conn)
 
-    def judge_reembedding(self, which: int | str, *, timeout: float = 600.0) -> Reembedding:
+    def judge_reembedding(
+        self, which: int | str, *, timeout: float = 600.0, on_spent: Callable[[Spent], object] | None = None
+    ) -> Reembedding:
         """Check the gates now, and note what they said. A poller whose role may read texts does it by itself.
 
-        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. Raises
-        :class:`NotFound`, and :class:`InvalidInput` if it is not judged now.
+        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. ``on_spent`` is
+        called with what is spent, before and after each request to workers. Raises :class:`NotFound`, and
+        :class:`InvalidInput` if it is not judged now.
         """
+        as_function("on_spent", on_spent)
         with self._transaction() as conn:
             life = _find(conn, which)
         if life.state is not ReembeddingState.JUDGING:
@@ -243,7 +249,13 @@ class Reembeddings(ClientPart):
                 "its new space is filled and indexed, and before it answers searches."
             )
         with store_errors(self._db):
-            gating.judge(self._db, self._settings, life, timeout=as_seconds("timeout", timeout))
+            gating.judge(
+                self._db,
+                self._settings,
+                life,
+                timeout=as_seconds("timeout", timeout),
+                count=counting(self._transaction, self._settings, on_spent),
+            )
         return self.reembedding(life.id)
 
     def pause_reembedding(self, which: int | str) -> Reembedding:

@@ -94,6 +94,7 @@ class _Search:
     space: str | None
     may_fall_back: bool
     bridge: str | None
+    tell: Callable[[EmbeddedTexts], object] | None
 
     @property
     def texts(self) -> list[str]:
@@ -276,7 +277,9 @@ class Vectors(ClientPart):
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        tell: Callable[[EmbeddedTexts], object] | None = None,
     ) -> Steps[Hits | list[Hits]]:
+        """``tell`` is given the vectors of the queries, in each space in which they were embedded."""
         require_name("collection", collection)
         if offset is not None:
             offset = as_number("offset", offset, least=0, most=MAX_K)
@@ -299,6 +302,7 @@ class Vectors(ClientPart):
             space=None if space is None else as_text("space", space),
             may_fall_back=as_fallback(on_unserved),
             bridge=None if bridge is None else as_text("bridge", bridge),
+            tell=tell,
         )
         asked.require_one_space()
         _require_few(len(queries), asked.k)
@@ -371,6 +375,8 @@ class Vectors(ClientPart):
 
         left = max(0.0, deadline - time.monotonic())
         embedded = yield from self._asking_all(space, asked.queries, "query", left, register=was_dropped)
+        if asked.tell is not None:
+            asked.tell(replace(embedded, spec=space.spec))
         return embedded.vectors
 
     def _nearest(

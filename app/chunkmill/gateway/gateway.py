@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
@@ -15,6 +15,8 @@ from chunkmill.client import Client
 from chunkmill.client.aio import AsyncClient
 from chunkmill.domain.embedded import EmbeddedTexts, counted, estimated_tokens
 from chunkmill.domain.prices import price_on
+from chunkmill.domain.providers import OPENAI, ProviderModel
+from chunkmill.domain.results import Hits
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.gateway.caller import Caller
@@ -24,7 +26,7 @@ from chunkmill.gateway.keys import KeyRing, StoredKeys
 from chunkmill.gateway.limits.limits import Limits, Use
 from chunkmill.gateway.models import Models
 from chunkmill.gateway.streams import Streams
-from chunkmill.openai.catalogue import provider_model
+from chunkmill.openai.catalogue import model_for, provider_model
 from chunkmill.settings import Settings
 
 if TYPE_CHECKING:
@@ -99,6 +101,21 @@ class Gateway:
             use.settle(*counted(embedded, texts, estimated_tokens))
         return embedded
 
+    async def search(self, query: Any, *, model: str, caller: Caller, **asked: Any) -> Hits | list[Hits]:
+        """What a search finds, whose queries ``model`` embeds. The caller pays for those that were embedded for it,
+        which are in two spaces if the collection left one, or its model is not served.
+        """
+        texts = [text for text in (query if isinstance(query, list) else [query]) if isinstance(text, str)]
+        told: list[EmbeddedTexts] = []
+        async with self.embedding(caller, model, texts) as use:
+            result = await self.client._search_and_tell(told.append, query, **asked)
+            use.tokens, use.usd = 0, Decimal(0)
+            for embedded in told:
+                tokens, paid = counted(embedded, texts, estimated_tokens)
+                use.tokens += tokens
+                use.usd += paid * self._price_in(embedded.spec)
+        return result
+
     @contextlib.asynccontextmanager
     async def embedding(self, caller: Caller, model: str, texts: Sequence[str]) -> AsyncIterator[Use]:
         """Embed the texts meanwhile, within the caller's limits and the room of this gateway. ``model`` is its name.
@@ -116,11 +133,11 @@ class Gateway:
 
     def price(self, model: str) -> Decimal:
         """US dollars for a token of a plain request: 0 for a model that our own workers serve."""
-        served = provider_model(self.settings, model)
-        if served is None or served.same_as is not None:
-            return Decimal(0)
-        price = price_on(served.prices, datetime.now(UTC).date())
-        return Decimal(0) if price is None else price.of(1, Route.OPENAI_SYNC)
+        return _price_of(provider_model(self.settings, model))
+
+    def _price_in(self, spec: SpaceSpec | None) -> Decimal:
+        """US dollars for a token that was embedded in a space, which need not be that of a model that is served now."""
+        return _price_of(model_for(self.settings, spec) if spec is not None and spec.provider == OPENAI else None)
 
     async def start(self) -> None:
         """Begin what needs the event loop."""
@@ -133,3 +150,10 @@ class Gateway:
             closing.push_async_callback(self.client.close)
             closing.push_async_callback(self.limits.close)
             closing.push_async_callback(self.keys.close)
+
+
+def _price_of(served: ProviderModel | None) -> Decimal:
+    if served is None or served.same_as is not None:
+        return Decimal(0)
+    price = price_on(served.prices, datetime.now(UTC).date())
+    return Decimal(0) if price is None else price.of(1, Route.OPENAI_SYNC)

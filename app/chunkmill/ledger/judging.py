@@ -18,10 +18,12 @@ from chunkmill.db.connect import raw
 from chunkmill.domain import gates as gating
 from chunkmill.domain.comparing import JUDGED, Changes, Question, Side, as_json, changes, unit, with_stand_in
 from chunkmill.domain.costs import machine_usd
+from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import CollectionMeasurement, GateResult, Gates
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.prices import MILLION
 from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import ChunkBatchState
 from chunkmill.errors import EngineError, WaitTimeout
 from chunkmill.ledger import embed_requests
@@ -48,6 +50,13 @@ SAME_SCORE = 1e-6
 """Two hits whose scores differ by no more than this count as equally near. One text may have several chunks."""
 CALLER = "judge"
 """Workers share their time between callers, so that a judgement takes no more than its part of it."""
+Count = Callable[[SpaceSpec, Sequence[str], Callable[[], EmbeddedTexts]], EmbeddedTexts]
+"""Returns what the function returns, which has these texts embedded in this space, and counts what that costs."""
+
+
+def uncounted(spec: SpaceSpec, texts: Sequence[str], ask: Callable[[], EmbeddedTexts]) -> EmbeddedTexts:
+    """Count nothing."""
+    return ask()
 
 
 class JudgingStopped(Exception):
@@ -92,6 +101,7 @@ def judge(
     *,
     timeout: float = 600.0,
     is_stopping: Callable[[], bool] = lambda: False,
+    count: Count = uncounted,
 ) -> Judgement:
     """Measure a collection in both spaces, and check the gates.
 
@@ -101,7 +111,7 @@ def judge(
     :class:`JudgingStopped` soon after ``is_stopping`` says so.
     """
     deadline = time.monotonic() + timeout
-    measuring = _Measuring(db, settings, collection_id, (old, new), deadline, is_stopping)
+    measuring = _Measuring(db, settings, collection_id, (old, new), deadline, is_stopping, count)
     with db.begin() as conn:
         chunks, missing, dead = coverage(conn, collection_id, old, new)
         canary = None if new.spec.provider == OPENAI else _has_canary(conn, new)
@@ -230,6 +240,9 @@ class _Measuring:
     spaces: tuple[Space, Space]
     deadline: float
     is_stopping: Callable[[], bool]
+    count: Count = uncounted
+    asked_seconds: float = 0.0
+    """How long texts have been with workers so far, without what it takes to count them."""
 
     def run(
         self,
@@ -249,9 +262,9 @@ class _Measuring:
         # Each query is timed in one space and then in the other, so that other work on the machine slows both.
         for question in questions[:TIMED]:
             for which, space in enumerate(self.spaces):
-                began = time.perf_counter()
+                before = self.asked_seconds
                 alone[which].append(self._embed(space, [question.text], "query"))
-                seconds[which].append(time.perf_counter() - began)
+                seconds[which].append(self.asked_seconds - before)
         for which, space in enumerate(self.spaces):
             others = self._embed(space, [question.text for question in questions[TIMED:]], "query")
             asked.append(np.concatenate([*alone[which], others]))
@@ -310,10 +323,17 @@ class _Measuring:
 
     def _embed(self, space: Space, texts: Sequence[str], kind: str) -> NDArray[np.float32]:
         """``(n, d)`` float32, each of length 1, which workers make of the texts."""
-        made = np.empty((len(texts), space.spec.dimensions), np.float32)
+        return unit(self.count(space.spec, texts, lambda: self._answered(space, texts, kind)).vectors)
+
+    def _answered(self, space: Space, texts: Sequence[str], kind: str) -> EmbeddedTexts:
+        made = EmbeddedTexts(
+            np.empty((len(texts), space.spec.dimensions), np.float32),
+            np.zeros(len(texts), np.int32),
+            np.zeros(len(texts), np.bool_),
+        )
         waiting: dict[int, range] = {}
         remaining = [range(i, min(i + PART_TEXTS, len(texts))) for i in range(0, len(texts), PART_TEXTS)][::-1]
-        pause = FIRST_LOOK_SECONDS
+        pause, began = FIRST_LOOK_SECONDS, time.perf_counter()
         try:
             while self._ask(space, texts, kind, remaining, waiting):
                 self._require_going_on()
@@ -325,15 +345,19 @@ class _Measuring:
                     answer = row.answer(space.spec.dimensions)
                     if answer.vectors is None:
                         raise EngineError(f"A worker could not embed a golden query: {answer.error}")
-                    made[places.start : places.stop] = answer.vectors
+                    here = slice(places.start, places.stop)
+                    made.vectors[here] = answer.vectors
+                    if answer.tokens is not None and answer.truncated is not None:
+                        made.tokens[here], made.truncated[here] = answer.tokens, answer.truncated
                 pause = FIRST_LOOK_SECONDS if answers else min(LAST_LOOK_SECONDS, 1.5 * pause)
                 if not answers:
                     time.sleep(pause)
         finally:
+            self.asked_seconds += time.perf_counter() - began
             if waiting:
                 with self.db.begin() as conn:
                     embed_requests.withdraw_all(conn, list(waiting))
-        return unit(made)
+        return made
 
     def _ask(
         self,

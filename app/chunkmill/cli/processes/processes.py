@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +41,8 @@ from chunkmill.telemetry.metrics import Role
 
 logger = logging.getLogger(__name__)
 
+LAST_SECONDS = 2.0
+"""How long a poller that ends waits for its threads."""
 PASS_THROUGH = {"ignore_unknown_options": True}
 
 
@@ -97,13 +100,29 @@ def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
     try:
         require_migrated(db)
         with _with_metrics(settings):
-            Indexer(db, settings).start(stop)
-            Reembedder(db, settings).start(stop)
-            Deliverer(db, settings, ClientPart(db, broker, settings)._ring).start(stop)
-            Poller(db, broker, settings, beat).run(stop)
+            threads = [
+                *Indexer(db, settings).start(stop),
+                *Reembedder(db, settings).start(stop),
+                Deliverer(db, settings, ClientPart(db, broker, settings)._ring).start(stop),
+            ]
+            try:
+                Poller(db, broker, settings, beat).run(stop)
+            finally:
+                stop.set()
+                _await(threads)
     finally:
         broker.close()
         db.dispose()
+
+
+def _await(threads: Iterable[threading.Thread]) -> None:
+    """Wait for threads that were told to end, because Python may fail in a thread that still works while it exits.
+
+    What takes longer, such as the build of an index, ends with the process and is left to the next poller.
+    """
+    until = time.monotonic() + LAST_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def _beating(file: Path | None) -> Callable[[], None]:

@@ -22,6 +22,7 @@ from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.door import DOOR_ERRORS, door, translated
 from chunkmill.client.steps import PauseStep, Steps, TellStep, WaitStep, WorkStep
 from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.domain.results import Hits
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.errors import ClientClosed
 
@@ -165,6 +166,12 @@ class RunningCalls:
             if not is_over:
                 await ended(asyncio.wrap_future(self._short_threads.submit(steps.close)))
             self._end(call)
+
+    async def _search_and_tell(
+        self, tell: Callable[[EmbeddedTexts], object], query: Any, **asked: Any
+    ) -> Hits | list[Hits]:
+        """``search``, which gives ``tell`` the vectors of the queries, in each space in which they were embedded."""
+        return await self._wait(self._client._search_steps(query, tell=tell, **asked))
 
     async def _items(
         self, method: Callable[Given, Iterator[Item]], *args: Given.args, **kwargs: Given.kwargs

@@ -484,19 +484,27 @@ class AsyncVerbs(RunningCalls):
         """
         return await self._short(self._client.drop_keywords, collection)
 
-    async def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
+    async def tune_search(
+        self,
+        collection: str,
+        *,
+        timeout: float = 600.0,
+        space: str | None = None,
+        on_spent: Callable[[Spent], Awaitable[None] | None] | None = None,
+    ) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
         If mixing is better even at the lower bound of its confidence interval, searches are mixed from then on;
         otherwise they use vectors alone. The report says why. Call it again when the collection, its space or its
         golden queries have changed. At most 2,000 queries are judged, chosen at random, and a worker embeds them. The
         choice holds for one space: ``space`` names another one of the collection than the active one, as in
-        :meth:`search`, for example before the collection moves to it.
+        :meth:`search`, for example before the collection moves to it. ``on_spent`` is called with what is spent, before
+        and after each request to workers.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
-        return await self._long(self._client.tune_search, collection, timeout=timeout, space=space)
+        return await self._long(self._client.tune_search, collection, timeout=timeout, space=space, on_spent=on_spent)
 
     async def feedback(self, search_id: str, chunk_id: str) -> bool:
         """Say that a hit was what somebody wanted, for example because they clicked on it.
@@ -1176,13 +1184,20 @@ class AsyncVerbs(RunningCalls):
         """
         return await self._long(self._client.rollback, which, missing=missing, timeout=timeout)
 
-    async def judge_reembedding(self, which: int | str, *, timeout: float = 600.0) -> Reembedding:
+    async def judge_reembedding(
+        self,
+        which: int | str,
+        *,
+        timeout: float = 600.0,
+        on_spent: Callable[[Spent], Awaitable[None] | None] | None = None,
+    ) -> Reembedding:
         """Check the gates now, and note what they said. A poller whose role may read texts does it by itself.
 
-        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. Raises
-        :class:`NotFound`, and :class:`InvalidInput` if it is not judged now.
+        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. ``on_spent`` is
+        called with what is spent, before and after each request to workers. Raises :class:`NotFound`, and
+        :class:`InvalidInput` if it is not judged now.
         """
-        return await self._long(self._client.judge_reembedding, which, timeout=timeout)
+        return await self._long(self._client.judge_reembedding, which, timeout=timeout, on_spent=on_spent)
 
     async def pause_reembedding(self, which: int | str) -> Reembedding:
         """Stop a re-embedding in its present state and share. Texts that workers already have are still embedded.

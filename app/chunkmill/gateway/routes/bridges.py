@@ -59,7 +59,7 @@ async def learn(gateway: Gateway, request: Request, caller: Caller) -> Response:
         quote = await gateway.client.quote_bridge(name, **asked.body)
         if asked.is_quote:
             return quote
-        async with paid_by(gateway, caller, quote) as spent:
+        async with paid_by(gateway, caller, tokens=quote.tokens, usd=quote.known_usd) as spent:
             return await gateway.client.bridge(
                 name, **asked.body, max_usd=asked.limit(caller, quote), timeout=asked.seconds, on_progress=spent
             )

@@ -226,27 +226,25 @@ async def searched(
     await gateway.models.require_usable(bridge, caller)
     # A bridge that has ended has the name of the model in whose space the collection is.
     model = named.model_for(session=session, space=space) if bridge is None else bridge
-    checked: Any = body.get("query")  # of any of the types that ``query`` was narrowed to
-    texts = [text for text in (query if isinstance(query, list) else [query]) if isinstance(text, str)]
-    async with gateway.embedding(caller, model, texts):
-        result: Hits | list[Hits] = await gateway.client.search(
-            checked,
-            collection=named.name,
-            k=k,
-            filter=body.get("filter"),
-            exact=body.get("exact", False),
-            timeout=milliseconds / 1000,
-            like=body.get("like"),
-            min_score=body.get("min_score"),
-            offset=offset,
-            explain=body.get("explain", False),
-            hybrid=body.get("hybrid"),
-            session=session,
-            space=space,
-            on_unserved=body.get("on_unserved"),
-            bridge=bridge,
-        )
-    return result
+    return await gateway.search(
+        query,
+        model=model,
+        caller=caller,
+        collection=named.name,
+        k=k,
+        filter=body.get("filter"),
+        exact=body.get("exact", False),
+        timeout=milliseconds / 1000,
+        like=body.get("like"),
+        min_score=body.get("min_score"),
+        offset=offset,
+        explain=body.get("explain", False),
+        hybrid=body.get("hybrid"),
+        session=session,
+        space=space,
+        on_unserved=body.get("on_unserved"),
+        bridge=bridge,
+    )
 
 
 async def feedback(gateway: Gateway, request: Request, caller: Caller) -> Response:

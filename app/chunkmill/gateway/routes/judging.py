@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -20,14 +20,12 @@ from chunkmill.domain.embedded import estimated_tokens
 from chunkmill.domain.golden import MAX_JUDGED
 from chunkmill.domain.results import SearchTuning
 from chunkmill.domain.spaces import Precision
-from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.gateway import seen
 from chunkmill.gateway.asked import read_optional, wrong
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
-from chunkmill.gateway.limits.limits import Use
 from chunkmill.gateway.shapes import schema_of
 from chunkmill.store import golden
 
@@ -73,9 +71,8 @@ async def tune(gateway: Gateway, request: Request, caller: Caller) -> Response:
     async def tuned() -> SearchTuning:
         tokens = await golden_tokens(gateway, named.id)
         usd = tokens * gateway.price(named.model_for(session=None, space=space))
-        async with gateway.limits.spending(caller, tokens=tokens, usd=usd) as use:
-            with free_if_refused(use):
-                return await gateway.client.tune_search(named.name, timeout=seconds, space=space)
+        async with paid_by(gateway, caller, tokens=tokens, usd=usd) as spent:
+            return await gateway.client.tune_search(named.name, timeout=seconds, space=space, on_spent=spent)
 
     return await lasting(gateway, tuned())
 
@@ -88,7 +85,7 @@ async def compare(gateway: Gateway, request: Request, caller: Caller) -> Respons
         quote = await gateway.client.quote_comparison(name, **asked.body)
         if asked.is_quote:
             return quote
-        async with paid_by(gateway, caller, quote) as spent:
+        async with paid_by(gateway, caller, tokens=quote.tokens, usd=quote.known_usd) as spent:
             return await gateway.client.compare(
                 name, **asked.body, max_usd=asked.limit(caller, quote), timeout=asked.seconds, on_spent=spent
             )
@@ -135,13 +132,13 @@ async def read_quotable(
 
 @contextlib.asynccontextmanager
 async def paid_by(
-    gateway: Gateway, caller: Caller, quote: BridgeQuote | ComparisonQuote
+    gateway: Gateway, caller: Caller, *, tokens: int, usd: Decimal
 ) -> AsyncIterator[Callable[[Spent], None]]:
-    """Reserve what was quoted for the key meanwhile, and book what the call says that it has spent.
+    """Reserve what is expected for the key meanwhile, and book what the call says that it has spent.
 
-    Raises :class:`Refusal` if the key's limits do not allow what was quoted.
+    Raises :class:`Refusal` if the key's limits do not allow what is expected.
     """
-    async with gateway.limits.spending(caller, tokens=quote.tokens, usd=quote.known_usd) as use:
+    async with gateway.limits.spending(caller, tokens=tokens, usd=usd) as use:
 
         def spent(so_far: Spent) -> None:
             use.tokens, use.usd = so_far.tokens, so_far.known_usd
@@ -150,21 +147,12 @@ async def paid_by(
         yield spent
 
 
-@contextlib.contextmanager
-def free_if_refused(use: Use) -> Iterator[None]:
-    """What is refused before a query is embedded costs nothing."""
-    try:
-        yield
-    except (InvalidInput, NotFound):
-        use.settle(0)
-        raise
-
-
 async def golden_tokens(gateway: Gateway, collection_id: int) -> int:
-    """About how many tokens the golden queries of a collection have that are judged."""
+    """About how many tokens the golden queries of a collection have that are judged, with the texts under titles."""
 
     def count(conn: sa.Connection) -> int:
-        return sum(estimated_tokens(query.text) for query in golden.read(conn, collection_id, most=MAX_JUDGED))
+        judged = golden.judgeable(conn, collection_id, golden.read(conn, collection_id, most=MAX_JUDGED))
+        return sum(estimated_tokens(text) for one in judged for text in (one.text, one.rest) if text is not None)
 
     return await seen.read(gateway, count)
 

@@ -22,7 +22,7 @@ from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.lasting import lasting, timeout_in, timeout_schema
-from chunkmill.gateway.routes.judging import free_if_refused, golden_tokens
+from chunkmill.gateway.routes.judging import golden_tokens, paid_by
 from chunkmill.gateway.shapes import answer, list_of, object_of, schema_of
 from chunkmill.ledger.reembedding import lives
 
@@ -153,9 +153,8 @@ async def judge(gateway: Gateway, request: Request, caller: Caller) -> Response:
     async def judged() -> Reembedding:
         tokens = await golden_tokens(gateway, collection.id)
         usd = tokens * (gateway.price(named.from_model) + gateway.price(named.to_model))
-        async with gateway.limits.spending(caller, tokens=2 * tokens, usd=usd) as use:
-            with free_if_refused(use):
-                return await gateway.client.judge_reembedding(named.id, timeout=seconds)
+        async with paid_by(gateway, caller, tokens=2 * tokens, usd=usd) as spent:
+            return await gateway.client.judge_reembedding(named.id, timeout=seconds, on_spent=spent)
 
     return await lasting(gateway, judged())
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import sqlalchemy as sa
 
 from chunkmill.ledger import judging
-from chunkmill.ledger.judging import Judgement
+from chunkmill.ledger.judging import Count, Judgement, uncounted
 from chunkmill.ledger.reembedding import lives
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.settings import Settings
@@ -22,15 +22,25 @@ def judge(
     *,
     timeout: float = 600.0,
     is_stopping: Callable[[], bool] = lambda: False,
+    count: Count = uncounted,
 ) -> Judgement:
     """Measure a collection in both spaces, check the gates of the plan, and note what they said.
 
+    ``count`` is told what is embedded for it.
     It may take minutes. Nothing is noted if the re-embedding goes by another plan, or is in another state, by then.
     """
     with db.begin() as conn:
         old, new = registry.get(conn, life.from_space_id), registry.get(conn, life.to_space_id)
     judgement = judging.judge(
-        db, settings, life.collection_id, old, new, life.plan.gates, timeout=timeout, is_stopping=is_stopping
+        db,
+        settings,
+        life.collection_id,
+        old,
+        new,
+        life.plan.gates,
+        timeout=timeout,
+        is_stopping=is_stopping,
+        count=count,
     )
     refused = [result.sentence for result in judgement.results if not result.passed]
     problem = None

@@ -72,6 +72,8 @@ def test_a_method_takes_the_arguments_of_the_method_of_client() -> None:
         "drop_collection": {"on_progress"},
         "compare": {"on_progress", "on_spent"},
         "bridge": {"on_progress"},
+        "tune_search": {"on_spent"},
+        "judge_reembedding": {"on_spent"},
         "embed_texts": {"precision", "caller", "blank"},
     }
     for name in vars(RemoteClient):
