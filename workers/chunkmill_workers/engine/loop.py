@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 URGENT_RUN = 8
 # How long after a query less urgent passes stay short, as if somebody waited: the next query may come while
 # one of them runs. They have as many tokens as the device thread computes in SHORT_PASS_SECONDS, and not fewer than
-# SHORT_PASS_TOKENS, with which a CPU is as fast as with more.
+# SHORT_PASS_TOKENS, with which a CPU keeps six sevenths of its speed. docs/benchmarks.md has what longer ones cost.
 WAITED_SECONDS = 1.0
 SHORT_PASS_SECONDS = 0.05
 SHORT_PASS_TOKENS = 256
