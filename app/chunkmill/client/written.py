@@ -216,7 +216,9 @@ def _name(part: Path, path: Path) -> None:
 
 
 def _exists(path: Path) -> InvalidInput:
-    return InvalidInput(f"{path} exists already. Give another name, or overwrite=True (--force) to replace the file.")
+    return InvalidInput(
+        f"{path} exists already. Give another name, or --force (in Python: overwrite=True) to replace the file."
+    )
 
 
 @contextlib.contextmanager

@@ -157,7 +157,7 @@ class Settings(ProviderSettings, GatewaySettings):
     chunkmill_home: Path | None = Field(
         None,
         description="Folder for the embedded stack's data and for profiles. If unset, it is Chunkmill's folder in the "
-        "user's data directory.",
+        "user's data directory, and for root `/var/lib/chunkmill-stack`, which all of root's shells share.",
     )
     embedding_model: str = Field(
         "all-MiniLM-L6-v2",
