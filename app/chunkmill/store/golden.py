@@ -94,13 +94,14 @@ def judgeable(conn: sa.Connection, collection_id: int, queries: Sequence[GoldenQ
     """
     ids = list(dict.fromkeys(chunk_id for query in queries for chunk_id in query.relevant))
     unknown = unknown_chunks(conn, collection_id, ids)
+    titled = dict.fromkeys(chunk_id for query in queries if query.is_title for chunk_id in query.relevant)
+    stored = texts(conn, collection_id, list(titled)) if titled else {}
     judged: list[Question] = []
     for query in queries:
         grades = {chunk_id: grade for chunk_id, grade in query.relevant.items() if chunk_id not in unknown}
         rest = None
         if query.is_title and grades:
-            stored = texts(conn, collection_id, list(grades))
-            rests = {chunk_id: rest_of(text, query.text) for chunk_id, text in stored.items()}
+            rests = {chunk_id: rest_of(stored[chunk_id], query.text) for chunk_id in grades if chunk_id in stored}
             rest = next((rest for rest in rests.values() if rest), None)
             grades = {chunk_id: grade for chunk_id, grade in grades.items() if rests.get(chunk_id) == rest is not None}
         if any(grade > 0 for grade in grades.values()):
