@@ -23,10 +23,11 @@ from chunkmill.bridge import fitting
 from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
 from chunkmill.client import bridges as client_bridges
+from chunkmill.client.aio import AsyncClient
 from chunkmill.client.spool import Spool
 from chunkmill.domain.chunks import prepare_or_skip
 from chunkmill.domain.costs import Spent
-from chunkmill.domain.embedded import estimated_tokens
+from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
 from chunkmill.domain.keys import KeyLimits, Scope
 from chunkmill.errors import BudgetExceeded, EngineError, InvalidChunk
 from chunkmill.gateway.keys import StoredKeys
@@ -637,6 +638,33 @@ def test_a_search_costs_what_was_sent_to_the_provider_for_it(judged: Books) -> N
         of_key = partial(judged.corridor.one, booked, key=id_of(key))
         until(lambda of_key=of_key, n=used[key]: of_key() == n, lambda of_key=of_key, key=key: (of_key(), used[key]))
         assert judged.used(key) == paid
+
+
+def test_a_search_that_asks_in_two_spaces_costs_what_each_of_their_models_costs(
+    judged: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its collection leaves a space meanwhile. The other key asks in one space."""
+    other_space = register(judged.corridor.db, judged.corridor.settings, LARGE)
+    first, second = (judged.key(name, ENOUGH, Scope.SEARCH) for name in ("one", "two"))
+    search, path = AsyncClient._search_and_tell, "/v1/collections/docs/search"
+    told: list[EmbeddedTexts] = []
+
+    async def in_two(client: AsyncClient, tell: Any, query: Any, **asked: Any) -> Any:
+        found = await search(client, told.append, query, **asked)
+        told.append(replace(told[0], spec=other_space.spec))
+        for embedded in told:
+            tell(embedded)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncClient, "_search_and_tell", in_two)
+        answered(judged.ask(first, "POST", path, json={"query": "a question in two spaces"}))
+    answered(judged.ask(second, "POST", path, json={"query": "a question in one space, of another key"}))
+
+    usd = int(told[0].tokens.sum()) * (Decimal("0.02") + Decimal("0.13")) / 1_000_000
+    until(lambda: judged.used(first) == usd > 0, lambda: (judged.used(first), usd))
+    until(lambda: judged.used(second) > 0, lambda: judged.used(second))
+    assert judged.used(second) % (Decimal("0.02") / 1_000_000) == 0
 
 
 def test_a_text_whose_worker_is_of_the_last_release_costs_the_key_what_was_expected(
