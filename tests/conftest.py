@@ -69,6 +69,20 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_sessionstart() -> None:
+    """A test of JSON that is nested too deeply is not blamed for a finalizer that finds no room on its stack.
+
+    Python may collect garbage, whoever made it, while such a test is as deep as Python allows.
+    """
+    hook = sys.unraisablehook
+
+    def pass_on(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is not RecursionError:
+            hook(unraisable)
+
+    sys.unraisablehook = pass_on
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected stays, so that to look through it for garbage meanwhile finds nothing.

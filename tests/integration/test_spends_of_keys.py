@@ -650,11 +650,11 @@ def test_a_search_that_asks_in_two_spaces_costs_what_each_of_their_models_costs(
     told: list[EmbeddedTexts] = []
 
     async def in_two(client: AsyncClient, tell: Any, query: Any, **asked: Any) -> Any:
-        found = await search(client, told.append, query, **asked)
+        hits = await search(client, told.append, query, **asked)
         told.append(replace(told[0], spec=other_space.spec))
         for embedded in told:
             tell(embedded)
-        return found
+        return hits
 
     with monkeypatch.context() as patch:
         patch.setattr(AsyncClient, "_search_and_tell", in_two)

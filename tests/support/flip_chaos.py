@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
 import psycopg
@@ -207,17 +208,17 @@ def prepare(client: Client, db: sa.Engine) -> tuple[registry.Space, registry.Spa
         return old, other_space(conn, old)
 
 
-def computed(db: sa.Engine) -> dict[tuple[int, bytes], int]:
-    """``(space, content) → how often it was computed``, of the texts that nobody touches."""
+def computed(db: sa.Engine) -> dict[tuple[int, bytes], list[datetime]]:
+    """``(space, content) → when it was computed``, in order, of the texts that nobody touches."""
     query = """
-        SELECT space_id, content_hash, count(*) AS n
+        SELECT space_id, content_hash, array_agg(at ORDER BY at) AS times
         FROM chaos_computed
         WHERE content_hash = ANY(CAST(:steady AS bytea[]))
         GROUP BY space_id, content_hash
     """
     with db.begin() as conn:
         rows = conn.execute(sa.text(query), {"steady": [content_hash(text) for _, text in STEADY]})
-        return {(row.space_id, bytes(row.content_hash)): row.n for row in rows}
+        return {(row.space_id, bytes(row.content_hash)): row.times for row in rows}
 
 
 ROLES = {"enqueue": enqueue, "delete": delete, "work": work, "poll": poll, "go": go}
