@@ -96,7 +96,10 @@ def test_no_chunk_is_missing_and_no_answer_mixes_spaces(
     computed = flip_chaos.computed(hands.db)
     assert {space_id for space_id, _ in computed} == {new.id}
     assert len(computed) == len(flip_chaos.STEADY)
-    # Nothing was embedded again but what a worker had in hand when its connection was cut.
+    # All was there before the collection went for the first time, and nothing was embedded again later. Until then
+    # nothing was but what a worker had in hand when its connection was cut.
+    [(went,)] = hands.rows("SELECT min(flipped_at) FROM reembeddings")
     for times in computed.values():
+        assert times[-1] < went
         for first, again in itertools.pairwise(times):
             assert any(cut.after < again and first < cut.before for cut in cuts), (first, again, cuts)
