@@ -162,14 +162,14 @@ def settings(stack: StackStatus) -> Iterator[Settings]:
 
 
 @contextlib.contextmanager
-def fresh_settings(stack: StackStatus) -> Iterator[Settings]:
-    """Settings of a fresh, migrated database and an empty Redis database."""
+def fresh_settings(stack: StackStatus, template: str = TEMPLATE) -> Iterator[Settings]:
+    """Settings of a database that is a copy of ``template``, by default a migrated one, and an empty Redis database."""
     number = next(_numbers)
     name = f"test_{number}"
     if "TEST_DATABASE_URL" in os.environ:
         admin(stack, f"DROP DATABASE IF EXISTS {name}")  # a broken run may have left it
     # Copying files takes a tenth of the time of the other strategy, which writes every block to the log.
-    admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
+    admin(stack, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
     redis_url = stack.redis_url.replace("db=0", f"db={number % 16}")
     with redis.Redis.from_url(redis_url) as client:
         client.flushdb()
@@ -201,9 +201,12 @@ def broker(settings: Settings) -> Iterator[Broker]:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
-    made = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
-    yield made
-    made.close()
+    with client_for(settings) as made:
+        yield made
+
+
+def client_for(settings: Settings) -> Client:
+    return Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
 
 
 def keep_ids_apart(url: str, first_ids: dict[str, int] = FIRST_IDS) -> None:

@@ -6,7 +6,7 @@ import base64
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,12 @@ ODD = {
 ONE_OF_EACH_KIND = ("bert", "t5", "gpt2", "llama")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.slow) for name in WITHOUT_PHRASES],
-)
+def one_of_each_kind(names: Iterable[str]) -> list[Any]:
+    """The names, those of the other models of a kind marked as slow."""
+    return [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", one_of_each_kind(WITHOUT_PHRASES))
 @pytest.mark.parametrize("text", ODD)
 def test_an_odd_long_text_gets_the_ids_that_it_gets_whole(name: str, text: str) -> None:
     check(name, ODD[text])
@@ -270,7 +272,7 @@ WHOLE = {(name, kind) for name in UNIGRAM for kind in ("one word", "base64", "CJ
 WHOLE |= {(name, "CJK lines") for name in ("t5", "unigram-without-words")}  # their words do not end with a line
 
 
-@pytest.mark.parametrize("name", WITHOUT_PHRASES)
+@pytest.mark.parametrize("name", one_of_each_kind(WITHOUT_PHRASES))
 @pytest.mark.parametrize("kind", ["one word", "base64", "CJK", "CJK lines", "emoji", "Thai"])
 def test_a_long_text_without_spaces_is_read_in_windows(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = built(name)
@@ -289,7 +291,7 @@ def test_a_long_text_without_spaces_is_read_in_windows(name: str, kind: str, mon
     assert (max(read, default=0) > overlaps._WINDOW) is ((name, kind) in WHOLE)
 
 
-@pytest.mark.parametrize("name", [*sorted(UNIGRAM), "bert-cased", "gpt2"])
+@pytest.mark.parametrize("name", one_of_each_kind([*sorted(UNIGRAM), "bert-cased", "gpt2"]))
 @pytest.mark.parametrize("kind", ODD)
 def test_a_text_too_long_to_be_read_whole_is_cut_and_nothing_of_it_is_lost(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch

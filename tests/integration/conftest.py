@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -83,15 +84,23 @@ def engines() -> Iterator[Engines]:
 
 @pytest.fixture
 def context(settings: Settings, engines: Engines) -> Iterator[WorkerContext]:
+    with worker_context(settings, engines) as made:
+        yield made
+
+
+@contextmanager
+def worker_context(settings: Settings, engines: Engines) -> Iterator[WorkerContext]:
     """What a worker's tasks share, without the worker process around it."""
     db = create_db(settings.require_database_url(), role="worker")
     made = WorkerContext(settings, db, engines, LeaseKeeper(db, settings.lease_seconds), name="test-worker")
-    yield made
-    # A thread that a failed test left would look for its database for ever.
-    made.stopping.set()
-    made.leases._stop.set()
-    sa.event.listen(db, "do_connect", _the_test_is_over)
-    db.dispose()
+    try:
+        yield made
+    finally:
+        # A thread that a failed test left would look for its database for ever.
+        made.stopping.set()
+        made.leases._stop.set()
+        sa.event.listen(db, "do_connect", _the_test_is_over)
+        db.dispose()
 
 
 def _the_test_is_over(*_: object) -> None:

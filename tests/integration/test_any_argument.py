@@ -18,12 +18,15 @@ from chunkmill.client import Client
 from chunkmill.client.base import ClientPart
 from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.spaces import OnLong
+from chunkmill.embedded import StackStatus
 from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, InvalidSetting, NotFound, StoreUnavailable
 from chunkmill.models import DEFAULT_MODEL
 from chunkmill.settings import Settings
 from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.responder import EmbedResponder
-from tests.integration.conftest import Runner
+from tests.conftest import client_for, fresh_settings
+from tests.integration.conftest import Runner, worker_context
 
 NAN, INF = float("nan"), float("inf")
 ODD: dict[str, Callable[[], Any]] = {
@@ -122,14 +125,27 @@ METHODS = {
 }
 
 
+@pytest.fixture(scope="module")
+def template(stack: StackStatus, engines: Engines) -> Iterator[str]:
+    """A database in which two collections have vectors. Each test gets a copy."""
+    with fresh_settings(stack) as settings:
+        with worker_context(settings, engines) as context, client_for(settings) as client:
+            for collection in ("docs", "other"):
+                job = client.enqueue([("a", f"text of {collection}"), ("b", "a text")], collection=collection)
+                Runner(context, client).finish(job)
+        yield str(sa.make_url(settings.require_database_url()).database)
+
+
 @pytest.fixture
-def filled(
-    client: Client, runner: Runner, context: WorkerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Client]:
+def settings(stack: StackStatus, template: str) -> Iterator[Settings]:
+    with fresh_settings(stack, template) as made:
+        yield made
+
+
+@pytest.fixture
+def filled(client: Client, context: WorkerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """Two collections with vectors, a worker that answers queries, and a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
-    for collection in ("docs", "other"):
-        runner.finish(client.enqueue([("a", f"text of {collection}"), ("b", "a text")], collection=collection))
     responder = EmbedResponder(context)
     responder.start()
     yield client
@@ -240,12 +256,13 @@ def test_what_postgres_says_is_an_error_of_ours(
 
 
 def test_an_enqueue_of_nothing_that_can_be_iterated_writes_nothing(client: Client) -> None:
+    before = client.jobs()
     for chunks in (5, None, object()):
         with pytest.raises(InvalidInput, match="chunks"):
             client.enqueue(chunks, collection="docs")  # type: ignore[arg-type]
     with pytest.raises(InvalidChunk):
         client.enqueue([b"ab"], collection="docs")
-    assert client.jobs() == []
+    assert client.jobs() == before
     assert client._space(None, OnLong.TRUNCATE).id == 1
 
 

@@ -378,7 +378,7 @@ def test_a_restore_deletes_nothing_of_another_program_that_has_the_same_schema(
             said = refusal("restore", file, *options, url=target)
             assert "not Chunkmill's in the schema 'chunkmill'" in said
             assert "notes" in said
-            assert "Restore into a new database" in said
+            assert "run CREATE DATABASE shared_restored; and name it in DATABASE_URL" in said
         assert ask(target, f"SELECT {there} IS NOT NULL")
         assert ask(target, "SELECT count(*) FROM pg_class WHERE relnamespace = CAST('chunkmill' AS regnamespace)") <= 1
         with opened(target) as db, db.begin() as conn:

@@ -84,6 +84,7 @@ def test_a_change_or_a_deletion_says_what_it_means(command: Command, client: Cli
         assert (done.exit_code, "pass --all" in done.stderr) == (2, True), done.output
     empty = command("delete", "docs", "--yes", "--where", "{}")
     assert (empty.exit_code, "every chunk passes this filter" in empty.stderr) == (1, True), empty.output
+    assert "--all on the command line" in empty.stderr
     assert command("delete", "docs", "--yes", "--where", "[]").exit_code == 2
     assert client.count("docs") == 10
 

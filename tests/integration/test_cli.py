@@ -46,7 +46,7 @@ def home() -> Iterator[Path]:
         patch.setenv("CHUNKMILL_HOME", str(folder / "home"))
         patch.setenv("PYTHONPATH", PYTHONPATH)
         Stack(folder / "home", fsync=False).up()  # which `up` finds running, and starts in a third of the time
-        assert document("up")["running"]
+        assert (document("up")["running"], document("up")["started"]) == (True, [])
         yield folder
 
 

@@ -241,11 +241,13 @@ def test_a_source_that_is_faster_than_the_store_is_held_back(
     """The body is read while a lock keeps the enqueue from committing: the sender's socket fills up."""
     sent = 0
     first = 2 * scene.settings.chunk_batch_size
+    most = 40 * first  # many times what the two sockets hold
+    is_enough = threading.Event()
 
     def body() -> Iterator[bytes]:
         nonlocal sent
-        for number in range(4 * first):
-            yield lines(chunk(number, "x" * 4096))
+        while sent < most and not is_enough.is_set():
+            yield lines(chunk(sent, "x" * 4096))
             sent += 1
 
     with scene.db.begin() as conn:
@@ -263,9 +265,10 @@ def test_a_source_that_is_faster_than_the_store_is_held_back(
             return sent >= first and counts[-20:] == [sent] * 20
 
         until(stands_still, pause=0.02)
-        assert sent < 4 * first
+        assert sent < most
+        is_enough.set()
     sending.join()
-    assert answers[0].json()["chunks"] == 4 * first
+    assert answers[0].json()["chunks"] == sent
 
 
 def test_more_long_bodies_than_there_are_places_are_refused_before_they_are_read(

@@ -159,6 +159,7 @@ def test_up_with_ports_warns_and_says_where_the_passwords_are(home: Path, monkey
 
     for arguments in (["up", "--port", str(port), "--redis-port", str(redis_port)], ["up"], ["status"]):
         output = said(*arguments)
+        assert (output.count("ran already"), output.count("started")) == ((2, 0) if arguments[0] == "up" else (0, 0))
         assert f"postgresql://chunkmill:***@127.0.0.1:{port}/chunkmill" in output, "as psql takes it"
         assert f"redis://chunkmill:***@127.0.0.1:{redis_port}/0" in output
         assert str(home / "addresses.env") in output
@@ -174,7 +175,9 @@ def test_up_with_ports_warns_and_says_where_the_passwords_are(home: Path, monkey
     with db.connect():
         assert "are cut: 1 worker" in said("down")
     db.dispose()
-    assert f"127.0.0.1:{port}/chunkmill" in said("up"), "a port is remembered"
+    output = said("up")
+    assert f"127.0.0.1:{port}/chunkmill" in output, "a port is remembered"
+    assert (output.count("ran already"), output.count("started")) == (0, 2)
     assert "were open" not in said("down")
     assert "addresses.env" not in said("up", "--port", "0", "--redis-port", "0")
 

@@ -144,6 +144,8 @@ class _Destination:
 
     server: int
     address: str
+    other_name: str
+    """A name for a new database beside it, as SQL writes it."""
     schema: str | None
     """The schema of the installation that it holds; None if there is none."""
     is_empty: bool
@@ -175,6 +177,7 @@ def _there(conn: sa.Connection, settings: Settings) -> _Destination:
     return _Destination(
         _server(conn),
         f"{row.database!r} at {url}",
+        conn.dialect.identifier_preparer.quote(f"{row.database}_restored"),
         installation.schema if installation else None,
         restored.is_empty(conn) if installation else True,
         connected_processes(conn),
@@ -220,15 +223,15 @@ def _check(archive: archives.Archive, there: _Destination, settings: Settings) -
     if "public" in (archive.schema, there.schema) and there.public_is_used:
         raise InvalidInput(
             "the schema 'public' of this database holds tables, and an installation in 'public' cannot be told from "
-            "tables of other programs. Restore into a new database: CREATE DATABASE chunkmill;"
+            f"tables of other programs. {_into_a_new_one(there)}"
         )
     for schema, theirs in there.of_others.items():
         more = f" and {len(theirs) - NAMED:,} more" if len(theirs) > NAMED else ""
         raise InvalidInput(
             f"a restore would delete what is not Chunkmill's in the schema {schema!r} of the database {there.address}, "
-            f"or depends on its tables: {', '.join(theirs[:NAMED])}{more}. Nothing was changed. Restore into a new "
-            "database: CREATE DATABASE chunkmill; or move tables of other programs into another schema, with ALTER "
-            "TABLE and SET SCHEMA, and drop what you can make again."
+            f"or depends on its tables: {', '.join(theirs[:NAMED])}{more}. Nothing was changed. "
+            f"{_into_a_new_one(there)} Or move tables of other programs into another schema, with ALTER TABLE and SET "
+            "SCHEMA, and drop what you can make again."
         )
     if None not in (archive.types, there.types) and archive.types != there.types:
         raise InvalidInput(
@@ -245,14 +248,18 @@ def _check(archive: archives.Archive, there: _Destination, settings: Settings) -
         )
 
 
+def _into_a_new_one(there: _Destination) -> str:
+    return f"Restore into a new database: run CREATE DATABASE {there.other_name}; and name it in DATABASE_URL."
+
+
 def _check_replaced(screen: Screen, there: _Destination, *, replace: bool, yes: bool) -> None:
     """Refuse to delete an installation that somebody may need."""
     if there.is_empty:
         return
     if not replace:
         raise InvalidInput(
-            f"the database {there.address} holds an installation with data. Restore into a new database; or, if that "
-            "data is to be deleted, use --replace."
+            f"the database {there.address} holds an installation with data. {_into_a_new_one(there)} Or, if that data "
+            "is to be deleted, use --replace."
         )
     if yes:
         return

@@ -69,9 +69,11 @@ def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
     programs.
     """
     settings = Settings.from_env()
-    status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
+    stack = Stack(settings.chunkmill_home, port=port, redis_port=redis_port)
+    before = stack.status()
+    status = stack.up()
     run_migrations(_addressed(status).require_database_url())
-    _show_stack(screen, status)
+    _show_stack(screen, status, before=before)
     if settings.database_url or settings.redis_url:
         screen.hint("DATABASE_URL or REDIS_URL is set, so the other commands do not use this stack.")
     elif not screen.json:
@@ -261,14 +263,22 @@ def _stack_fields(status: StackStatus) -> dict[str, object]:
     }
 
 
-def _show_stack(screen: Screen, status: StackStatus, live: Status | None = None) -> None:
-    if screen.json:
-        screen.document(_stack_fields(status) | (_status_fields(live) if live else {}))
-        return
+def _show_stack(
+    screen: Screen, status: StackStatus, live: Status | None = None, *, before: StackStatus | None = None
+) -> None:
+    """``before`` is what ran before this command: which servers it started is said too."""
     servers = (status.postgres, status.redis)
+    ran = {s.pid for s in (before.postgres, before.redis) if s.running} if before else set()
+    if screen.json:
+        started = {"started": [s.name for s in servers if s.pid not in ran]} if before else {}
+        screen.document(_stack_fields(status) | started | (_status_fields(live) if live else {}))
+        return
     screen.say(("Embedded stack ", "bold"), f"in {status.home}")
     screen.say("")
-    rows = [(s.name, _state(s.running, s.pid), s.version, str(s.pid) if s.pid else None) for s in servers]
+    states = [
+        _state(s.running, s.pid) if before is None else "ran already" if s.pid in ran else "started" for s in servers
+    ]
+    rows = [(s.name, state, s.version, str(s.pid) if s.pid else None) for s, state in zip(servers, states, strict=True)]
     screen.table(["server", "state", "version", "pid"], rows)
     screen.say("")
     addresses = {

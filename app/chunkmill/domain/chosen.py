@@ -26,8 +26,8 @@ def as_chosen(
     chosen = filters.parse(given, "filter")
     if given is not None and _decided(given) is True:
         raise InvalidInput(
-            "every chunk passes this filter, because it or a list in it is empty. Give all_chunks=True to "
-            f"{verb} all chunks of the collection."
+            f"every chunk passes this filter, because it or a list in it is empty. To {verb} all chunks of the "
+            "collection, give all_chunks=True (--all on the command line)."
         )
     return named, chosen
 

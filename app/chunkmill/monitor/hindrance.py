@@ -21,8 +21,6 @@ def read(conn: sa.Connection, job: Job) -> str | None:
         return None
     there = present.read(conn)
     said = []
-    if job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id):
-        said.append(outbox.WAITS)
     route = routing.lane_now(conn, job.id)
     if route is not None:  # otherwise it is in the outbox, so that it has no ChunkBatches yet
         failing = attempts.first_failing(conn, job.id)
@@ -41,5 +39,7 @@ def read(conn: sa.Connection, job: Job) -> str | None:
             "No poller is connected, so only the first doorbells are rung, and what a dead worker held is not "
             f"taken back. To start one: {present.START_POLLER}"
         )
+    elif job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id):
+        said.append(outbox.WAITS)
     said += filter(None, [there.lack(route or job.route)])
     return ". ".join(sentence.rstrip(".") for sentence in said) or None

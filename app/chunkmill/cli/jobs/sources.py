@@ -472,6 +472,8 @@ def _from_document(document: FolderFile, form: Form) -> Record:
 def _require_columns(place: str, columns: Sequence[str], fields: Fields) -> None:
     for option, column in [*fields.named, *(("--metadata-field", name) for name in fields.metadata or ())]:
         if column not in columns:
+            if _is_without_texts(columns, fields):
+                raise InvalidInput(f"{place}: {_WITHOUT_TEXTS}.")
             raise InvalidInput(
                 f"{place}: there is no column {column!r}; it has {_listed(columns)}. Name the right one with {option}"
                 f"{_HINTS.get(option, '')}.{_ONE_COLUMN if len(columns) == 1 else ''}"
@@ -494,6 +496,8 @@ def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
         return _from_export(record)
     for option, field in fields.named:
         if field not in record:
+            if _is_without_texts(record, fields):
+                return UnreadableRecord(_WITHOUT_TEXTS)
             none = f", or give every record an id made of what it holds: {option} {AUTO_ID}"
             return UnreadableRecord(
                 f"there is no field {field!r}; name the right one with {option}{none if option == '--id-field' else ''}"
@@ -526,6 +530,14 @@ def _is_exported(names: Collection[str], fields: Fields) -> bool:
     from chunkmill.domain.stored import EXPORTED  # it imports numpy, which `enqueue --help` does not need
 
     return fields == Fields() and {*names, "vector"} == EXPORTED
+
+
+_WITHOUT_TEXTS = "the chunks were exported without their texts; export them again, without --no-text"
+
+
+def _is_without_texts(names: Collection[str], fields: Fields) -> bool:
+    """Whether a record with fields of these names was written by `chunkmill export --no-text`."""
+    return "text" not in names and _is_exported([*names, "text"], fields)
 
 
 def _from_export(record: Mapping[str, Any]) -> Record:

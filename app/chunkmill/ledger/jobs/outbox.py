@@ -31,7 +31,7 @@ LATE_SECONDS = 10.0
 
 WAITS = (
     "The job was enqueued within a transaction and is not delivered yet, which a poller with the rights of a producer "
-    "does: its log says why it does not"
+    "does: if one is connected, its log says why it does not"
 )
 
 
