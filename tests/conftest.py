@@ -35,8 +35,11 @@ from tests.support.waiting import PATIENCE
 for name in {name.upper() for name in Settings.model_fields} & os.environ.keys():
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Several processes share the processors here. A thread of OpenMP that waits for another one would keep a core busy.
+# Several processes share the processors here. A thread of OpenMP that waits for another one would keep a core busy, and
+# threads that take turns on one core only cost time: a sixth of that of the engine's tests. Those of threads set them.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of the tokenizers
 os.environ.setdefault("PYTEST_TIMEOUT", str(4 * PATIENCE))  # for pytest-timeout: a test that hangs fails
 os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
 os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in

@@ -100,7 +100,7 @@ def test_the_answer_is_that_of_searches_of_the_whole_collection_and_nothing_is_s
         expected = np.mean([mrr_at(10, ranked, of) for ranked, of in zip(rankings, grades, strict=True)])
         assert measured(told.changes.mrr) == pytest.approx(expected, abs=1e-6)
     assert (told.sample, told.contents, told.changes.queries, told.left_out) == (24, 24, 8, 0)
-    assert seen == [7, 14, 21, 24]
+    assert seen == [0, 7, 14, 21, 24]
     assert not told.made_of_titles
     assert (told.old.from_store, told.old.embedded, told.new.from_store, told.new.embedded) == (24, 0, 0, 24)
     assert (told.old.vector_bytes, told.new.vector_bytes, told.new.collection_bytes) == (1536, 384, 384 * 24)

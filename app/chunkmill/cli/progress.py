@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from types import TracebackType
 
@@ -15,7 +16,7 @@ from chunkmill.domain.shown import shown
 from chunkmill.telemetry.pace import Pace
 
 LINE_SECONDS = 5.0
-"""How many seconds pass between two JSON lines; shorter work prints none."""
+"""How many seconds pass between two JSON lines, also while nothing is counted; shorter work prints none."""
 DRAW_SECONDS = 0.1
 PACE_SECONDS = 30.0
 """Rates are measured over this many seconds. Tokens are booked by ChunkBatch, so over less time the rate would jump."""
@@ -32,6 +33,10 @@ class Bar:
         self._what = what
         self._waits = waits
         self._next = 0.0
+        self._line: dict[str, float | str | None] = {}
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._printing = threading.Thread(target=self._print_lines, name="chunkmill-progress", daemon=True)
         self._progress: Progress | None = None
         if screen.err.is_terminal:
             self._progress = Progress(
@@ -44,11 +49,11 @@ class Bar:
                 refresh_per_second=5,
             )
             self._task = self._progress.add_task(shown(what), total=None, numbers="")
-        else:
-            self._next = time.monotonic() + LINE_SECONDS
 
     def __enter__(self) -> Bar:
-        if self._progress and not self._waits:
+        if self._progress is None:
+            self._printing.start()
+        elif not self._waits:
             self._progress.start()
         return self
 
@@ -57,20 +62,28 @@ class Bar:
     ) -> None:
         if self._progress:
             self._progress.stop()
+        else:
+            self._ended.set()
+            self._printing.join()
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(LINE_SECONDS):
+            line = {"progress": self._what, **self._line, "seconds": round(time.monotonic() - self._began, 1)}
+            click.echo(json.dumps(line), err=True)
 
     def update(self, done: int, total: int | None, unit: str, known: dict[str, float] | None = None) -> None:
         """Show ``done`` of ``total``, which is None if it is not known yet, and the :func:`rates` that are ``known``.
 
         It is cheap enough to call for every chunk.
         """
-        now = time.monotonic()
-        if now < self._next:
-            return
         known = known or {}
         if self._progress is None:
-            self._next = now + LINE_SECONDS
-            line = {"progress": self._what, "done": done, "total": total, "unit": unit}
-            click.echo(json.dumps(line | {name: round(value, 1) for name, value in known.items()}), err=True)
+            self._line = {"done": done, "total": total, "unit": unit} | {
+                name: round(value, 1) for name, value in known.items()
+            }
+            return
+        now = time.monotonic()
+        if now < self._next:
             return
         if self._waits:
             self._waits = False
@@ -88,7 +101,7 @@ class Bar:
 
     def stage(self, what: str) -> None:
         """Continue under another name. What was counted under the last one is gone, and the total is not known."""
-        self._what = what
+        self._what, self._line = what, {}
         if self._progress:
             self._progress.update(self._task, description=shown(what), completed=0, total=None, numbers="")
 

@@ -106,9 +106,10 @@ def learn(
     """
     with Client.from_env() as client:
         if dry_run:
-            quote = client.quote_bridge(
-                collection, model, dimensions=dimensions, sample=sample, queries=queries, compare_old=compare_old
-            )
+            with Bar(screen, f"counting the texts of {collection}"):
+                quote = client.quote_bridge(
+                    collection, model, dimensions=dimensions, sample=sample, queries=queries, compare_old=compare_old
+                )
             if screen.json:
                 screen.document(asdict(quote))
             else:

@@ -75,10 +75,11 @@ def compare(
     """
     with Client.from_env() as client:
         if dry_run:
-            quote = client.quote_comparison(
-                collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
-                precision=precision,
-            )  # fmt: skip
+            with Bar(screen, f"counting the texts of {collection}"):
+                quote = client.quote_comparison(
+                    collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
+                    precision=precision,
+                )  # fmt: skip
             if screen.json:
                 screen.document(asdict(quote) | {"usd": quote.usd})
             else:

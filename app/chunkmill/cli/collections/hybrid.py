@@ -8,6 +8,7 @@ import click
 
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, count, json_option
+from chunkmill.cli.progress import Bar
 from chunkmill.domain.results import SearchTuning
 
 
@@ -160,7 +161,7 @@ def tune(screen: Screen, collection: str, timeout: float) -> None:
     Keywords are used only if searches are better with them even at the lower bound of a 95 % confidence interval.
     Searches use the result from then on.
     """
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, f"tuning the searches of {collection}"):
         tuning = client.tune_search(collection, timeout=timeout)
     if screen.json:
         screen.document(asdict(tuning))

@@ -181,7 +181,8 @@ def start(
                                             "keep_days")}  # fmt: skip
     with Client.from_env() as client:
         if dry_run:
-            quote = client.reembed(collection, to=model, dry_run=True, gates=gates, **asked)
+            with Bar(screen, f"counting the texts of {collection}"):
+                quote = client.reembed(collection, to=model, dry_run=True, gates=gates, **asked)
             show_quote(screen, quote)
             return
         shares = RAMP if ramp is None else ramp

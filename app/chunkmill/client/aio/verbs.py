@@ -414,7 +414,8 @@ class AsyncVerbs(RunningCalls):
         has the relevant texts and others chosen at random, ``sample`` in all. Workers embed what has no vector yet, as
         they answer any other request, and nothing is stored. A worker must serve each model. For each text of the
         sample, memory grows by only about 100 bytes. ``on_progress`` is called with the number of texts that were
-        compared so far, and ``on_spent`` with what is spent, before and after each request to workers.
+        compared so far, first with 0 before anything is embedded, and ``on_spent`` with what is spent, before and after
+        each request to workers.
 
         A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
         sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no

@@ -1,13 +1,17 @@
-"""The bar of a piece of work that goes on under another name."""
+"""The progress of a piece of work: a bar that goes on under another name, and lines that do not wait for a count."""
 
 from __future__ import annotations
 
 import io
+import json
 
+import pytest
 from rich.console import Console
 
+from chunkmill.cli import progress
 from chunkmill.cli.output import Screen
 from chunkmill.cli.progress import Bar
+from tests.support.waiting import until
 
 
 def test_what_was_counted_under_one_name_does_not_stay_under_the_next() -> None:
@@ -23,3 +27,36 @@ def test_what_was_counted_under_one_name_does_not_stay_under_the_next() -> None:
         bar._progress.refresh()
     last = seen.getvalue().rpartition("docs: judging")[2]
     assert ("docs: judging" in seen.getvalue(), "8/41" in last) == (True, False)
+
+
+def test_a_pipe_gets_lines_also_while_nothing_is_counted(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    screen, read = Screen(as_json=False), list[dict[str, object]]()
+
+    def lines() -> list[dict[str, object]]:
+        read.extend(map(json.loads, capfd.readouterr().err.splitlines()))
+        return read
+
+    with Bar(screen, "tuning docs") as bar:
+        until(lambda: len(lines()) >= 2)
+        assert {line.pop("progress") for line in read} == {"tuning docs"}
+        assert [line.keys() for line in read] == [{"seconds"}] * len(read)
+        bar.update(8, 41, "texts", {"per_s": 2.26})
+        until(lambda: lines()[-1].get("done") == 8)
+        assert {**read[-1], "seconds": 0} == {
+            "progress": "tuning docs", "done": 8, "total": 41, "unit": "texts", "per_s": 2.3, "seconds": 0
+        }  # fmt: skip
+        bar.stage("judging docs")
+        until(lambda: lines()[-1]["progress"] == "judging docs")
+        assert "done" not in read[-1]
+    capfd.readouterr()
+    screen.err.print("the end")
+    assert capfd.readouterr().err == "the end\n"
+
+
+def test_short_work_prints_no_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with Bar(Screen(as_json=False), "reading") as bar:
+        bar.update(1, 2, "chunks")
+    assert capfd.readouterr().err == ""
