@@ -27,8 +27,8 @@ EVIL = (
     "\nFORGED  completed\r\nFORGED\u2028FORGED\x85FORGED"
 )
 """Colours, clipboard, link, clearing in C1, bidi, markup, backspace, and line breaks of four kinds."""
-STYLE = re.compile(r"\x1b\[[\d;]*m")
-"""What rich writes itself."""
+STYLE = re.compile(r"\x1b\[(?:[\d;]*m|\?25[hl]|2K|1A)")
+"""What rich writes itself: colours, and around a bar the cursor, which is hidden, and its line, which is cleared."""
 FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 VALUES = {
     "sources": EVIL,

@@ -18,6 +18,8 @@ from chunkmill.telemetry.pace import Pace
 LINE_SECONDS = 5.0
 """How many seconds pass between two JSON lines, also while nothing is counted; shorter work prints none."""
 DRAW_SECONDS = 0.1
+WAIT_SECONDS = 0.5
+"""How long a bar that waits is not drawn if nothing is counted."""
 PACE_SECONDS = 30.0
 """Rates are measured over this many seconds. Tokens are booked by ChunkBatch, so over less time the rate would jump."""
 
@@ -25,18 +27,20 @@ PACE_SECONDS = 30.0
 class Bar:
     """Shows the progress of one piece of work, as a context manager.
 
-    On a terminal it is drawn from the beginning, or if it ``waits``, from the first update, so that work that is
-    refused shows none.
+    On a terminal it is drawn from the beginning, or if it ``waits``, from the first update or after half a second, so
+    that work that is refused at once shows none.
     """
 
     def __init__(self, screen: Screen, what: str, *, waits: bool = False) -> None:
         self._what = what
         self._waits = waits
+        self._is_drawn = False
         self._next = 0.0
         self._line: dict[str, float | str | None] = {}
         self._began = time.monotonic()
         self._ended = threading.Event()
-        self._printing = threading.Thread(target=self._print_lines, name="chunkmill-progress", daemon=True)
+        self._lock = threading.Lock()
+        self._beside: threading.Thread | None = None
         self._progress: Progress | None = None
         if screen.err.is_terminal:
             self._progress = Progress(
@@ -51,25 +55,37 @@ class Bar:
             self._task = self._progress.add_task(shown(what), total=None, numbers="")
 
     def __enter__(self) -> Bar:
-        if self._progress is None:
-            self._printing.start()
-        elif not self._waits:
-            self._progress.start()
+        if self._progress is not None and not self._waits:
+            self._draw()
+        else:
+            beside = self._print_lines if self._progress is None else self._draw_later
+            self._beside = threading.Thread(target=beside, name="chunkmill-progress", daemon=True)
+            self._beside.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress:
+        self._ended.set()
+        if self._beside is not None:
+            self._beside.join()
+        if self._progress is not None:
             self._progress.stop()
-        else:
-            self._ended.set()
-            self._printing.join()
 
     def _print_lines(self) -> None:
         while not self._ended.wait(LINE_SECONDS):
             line = {"progress": self._what, **self._line, "seconds": round(time.monotonic() - self._began, 1)}
             click.echo(json.dumps(line), err=True)
+
+    def _draw_later(self) -> None:
+        if not self._ended.wait(WAIT_SECONDS):
+            self._draw()
+
+    def _draw(self) -> None:
+        with self._lock:
+            if self._progress is not None and not self._is_drawn:
+                self._is_drawn = True
+                self._progress.start()
 
     def update(self, done: int, total: int | None, unit: str, known: dict[str, float] | None = None) -> None:
         """Show ``done`` of ``total``, which is None if it is not known yet, and the :func:`rates` that are ``known``.
@@ -85,9 +101,7 @@ class Bar:
         now = time.monotonic()
         if now < self._next:
             return
-        if self._waits:
-            self._waits = False
-            self._progress.start()
+        self._draw()
         self._next = now + DRAW_SECONDS
         counted = f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
         self._progress.update(self._task, completed=done, total=total, numbers="  ".join([counted, *_in_words(known)]))

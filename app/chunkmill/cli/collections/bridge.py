@@ -106,7 +106,7 @@ def learn(
     """
     with Client.from_env() as client:
         if dry_run:
-            with Bar(screen, f"counting the texts of {collection}"):
+            with Bar(screen, f"counting the texts of {collection}", waits=True):
                 quote = client.quote_bridge(
                     collection, model, dimensions=dimensions, sample=sample, queries=queries, compare_old=compare_old
                 )

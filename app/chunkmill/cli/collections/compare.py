@@ -75,7 +75,7 @@ def compare(
     """
     with Client.from_env() as client:
         if dry_run:
-            with Bar(screen, f"counting the texts of {collection}"):
+            with Bar(screen, f"counting the texts of {collection}", waits=True):
                 quote = client.quote_comparison(
                     collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
                     precision=precision,

@@ -161,7 +161,7 @@ def tune(screen: Screen, collection: str, timeout: float) -> None:
     Keywords are used only if searches are better with them even at the lower bound of a 95 % confidence interval.
     Searches use the result from then on.
     """
-    with Client.from_env() as client, Bar(screen, f"tuning the searches of {collection}"):
+    with Client.from_env() as client, Bar(screen, f"tuning the searches of {collection}", waits=True):
         tuning = client.tune_search(collection, timeout=timeout)
     if screen.json:
         screen.document(asdict(tuning))

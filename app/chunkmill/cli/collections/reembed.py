@@ -181,7 +181,7 @@ def start(
                                             "keep_days")}  # fmt: skip
     with Client.from_env() as client:
         if dry_run:
-            with Bar(screen, f"counting the texts of {collection}"):
+            with Bar(screen, f"counting the texts of {collection}", waits=True):
                 quote = client.reembed(collection, to=model, dry_run=True, gates=gates, **asked)
             show_quote(screen, quote)
             return

@@ -11,7 +11,7 @@ from rich.console import Console
 from chunkmill.cli import progress
 from chunkmill.cli.output import Screen
 from chunkmill.cli.progress import Bar
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 
 def test_what_was_counted_under_one_name_does_not_stay_under_the_next() -> None:
@@ -54,6 +54,23 @@ def test_a_pipe_gets_lines_also_while_nothing_is_counted(
     capfd.readouterr()
     screen.err.print("the end")
     assert capfd.readouterr().err == "the end\n"
+
+
+def test_a_bar_that_waits_is_drawn_if_the_work_lasts_though_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WAIT_SECONDS", 0.01)
+    screen, seen = Screen(as_json=False), io.StringIO()
+    screen.err = Console(width=80, force_terminal=True, file=seen, color_system=None)
+    with Bar(screen, "tuning docs", waits=True):
+        until(lambda: "tuning docs" in seen.getvalue())
+
+
+def test_work_that_is_refused_at_once_draws_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WAIT_SECONDS", PATIENCE)
+    screen, seen = Screen(as_json=False), io.StringIO()
+    screen.err = Console(width=80, force_terminal=True, file=seen, color_system=None)
+    with pytest.raises(ValueError, match="no"), Bar(screen, "tuning docs", waits=True):
+        raise ValueError("no")
+    assert seen.getvalue() == ""
 
 
 def test_short_work_prints_no_line(capfd: pytest.CaptureFixture[str]) -> None:
