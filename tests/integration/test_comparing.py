@@ -282,7 +282,10 @@ def test_a_paid_model_is_quoted_to_the_token_and_is_not_asked_above_the_limit(
     assert quote.old_usd == 0
     assert quote.usd is not None
     assert quote.usd > 0
-    with pytest.raises(BudgetExceeded, match=r"the comparison would cost about 0\.0000\d* USD, and max_usd is 0\.0000"):
+    with pytest.raises(
+        BudgetExceeded,
+        match=r"the comparison would cost about 0\.0000\d* USD, and the most that it may cost \(max_usd\) is 0\.0000",
+    ):
         local.compare("docs", model, max_usd=quote.usd - Decimal("1e-10"), timeout=1)
     assert paid.one("SELECT count(*) FROM charges") == 0
     responder = EmbedResponder(context)

@@ -461,7 +461,7 @@ def test_a_comparison_that_is_dearer_than_its_limit_costs_nothing(judged: Books)
     questions = judged.corridor.one("SELECT sum(contents) FROM charges")
     for _ in range(2):  # the reservation of the second one writes what the first one gave back
         answer = judged.ask(key, "POST", "/v1/collections/docs/compare", json=asked)
-        assert "and max_usd is" in answer.json()["error"]["message"]
+        assert "and the most that it may cost" in answer.json()["error"]["message"]
     until(lambda: judged.used(key) == 0, lambda: judged.used(key))
     assert judged.corridor.one("SELECT sum(contents) FROM charges") == questions
 
@@ -871,7 +871,7 @@ def test_a_bridge_that_is_refused_before_a_text_is_embedded_costs_nothing(bridge
         assert "the bridge would cost about" in answer.json()["error"]["message"]
         assert refused(bridgeable.ask(key, "POST", BRIDGE, json={**LEARNT, "model": MODEL}))[1] == "invalid_input"
     until(lambda: bridgeable.used(key) == 0, lambda: bridgeable.used(key))
-    with pytest.raises(BudgetExceeded, match="and max_usd is"):
+    with pytest.raises(BudgetExceeded, match="and the most that it may cost"):
         client.bridge("docs", LARGE, dimensions=8, compare_old=True, max_usd=below)
     assert bridgeable.corridor.one(QUESTIONS) == 0
 
@@ -941,7 +941,7 @@ def test_what_is_dearer_than_was_reserved_is_not_begun(bridgeable: Books, monkey
     body = {"model": LARGE, "dimensions": 8}
     for path in (BRIDGE, "/v1/collections/docs/compare"):
         said = bridgeable.ask(limited, "POST", path, json=body).json()["error"]["message"]
-        assert "would cost about" in said and "and max_usd is" in said
+        assert "would cost about" in said and "and the most that it may cost" in said
     assert bridgeable.corridor.one(QUESTIONS) == 0
     answered(bridgeable.ask(free, "POST", "/v1/collections/docs/compare", json=body))
     until(lambda: bridgeable.used(limited) == 0, lambda: bridgeable.used(limited))

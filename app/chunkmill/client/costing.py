@@ -84,7 +84,10 @@ def require_affordable(
         if limit is not None:
             raise InvalidSetting("max_usd is given and a model has no price: give it usd in OPENAI_MODELS.")
         return
-    for most, name in ((limit, "max_usd"), (left, "what OPENAI_MONTHLY_BUDGET_USD has left this month")):
+    for most, name in (
+        (limit, "the most that it may cost (max_usd)"),
+        (left, "what OPENAI_MONTHLY_BUDGET_USD has left this month"),
+    ):
         if most is not None and usd > most:
             raise BudgetExceeded(
                 f"{what} would cost about {dollars(usd)} USD, and {name} is {dollars(most)} USD. {advice}"
