@@ -21,6 +21,7 @@ from chunkmill.spaces import collections, registry
 from chunkmill.store import keywords, outdated
 from chunkmill.store import search as searching
 from tests.integration.test_search_options import embed, vector, way  # noqa: F401 - a fixture
+from tests.support.waiting import Call, until
 
 QUERY = vector(1.0)
 
@@ -255,6 +256,48 @@ def test_a_poller_leaves_what_an_enqueue_is_about_to_keep(plain: Client, db: sa.
         assert tidied(db, plain, settings) == ["c1"]
     assert {hit.chunk_id: hit.text for hit in search(plain) if hit.outdated} == {"c1": "new 1"}
     assert tidied(db, plain, settings) == ["c1"]
+
+
+LOOK = """
+    ALTER TABLE vectors_{0} RENAME TO vectors_that_are_there;
+    CREATE FUNCTION look() RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
+        BEGIN
+            IF current_setting('application_name') = 'chunkmill-poller' THEN
+                PERFORM pg_advisory_xact_lock_shared(77);
+            END IF;
+            RETURN true;
+        END
+    $$;
+    CREATE VIEW vectors_{0} AS SELECT * FROM vectors_that_are_there WHERE look();
+"""
+"""A poller's look at the vectors takes as long as somebody holds the lock 77."""
+
+
+def test_a_poller_that_looked_before_a_chunk_was_replaced_leaves_its_copy(
+    plain: Client, db: sa.Engine, settings: Settings
+) -> None:
+    """An enqueue replaces one of two chunks while the poller, which saw both with their vectors, is about to act."""
+    plain.enqueue([("c1", "new 1"), ("c2", "new 2")], collection="docs")
+    embed(db, {"new 1": (1, 0.11), "new 2": (1, 0.22)})
+    with db.begin() as conn:
+        conn.exec_driver_sql(LOOK.format(collections.find(conn, "docs").space_id))
+    poller = create_db(settings.require_database_url(), role="poller")
+
+    def tidy() -> int:
+        with poller.begin() as conn:
+            return outdated.tidy(conn)
+
+    waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 77 AND NOT granted"
+    with db.connect() as held:
+        held.execute(sa.text("SELECT pg_advisory_lock(77)"))
+        tidying = Call(tidy)
+        until(lambda: held.execute(sa.text(waits)).scalar_one())
+        plain.enqueue([("c1", "newer 1")], collection="docs")
+        held.execute(sa.text("SELECT pg_advisory_unlock(77)"))
+        assert tidying.result() == 1
+    poller.dispose()
+    assert copies(db) == ["c1"]
+    assert {hit.chunk_id: hit.text for hit in search(plain) if hit.outdated} == {"c1": "new 1"}
 
 
 def test_what_was_left_when_it_was_ended_is_not_served_when_it_begins_again(plain: Client, db: sa.Engine) -> None:
