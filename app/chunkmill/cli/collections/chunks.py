@@ -146,7 +146,7 @@ def update(
     Nothing is embedded again, and the next search sees the change. Keys that are not named stay as they are.
     """
     _require_one(ids, where, all_chunks=all_chunks, verb="change")
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, f"changing chunks of {collection}", waits=True):
         changed = client.update_metadata(
             collection,
             metadata,
@@ -182,7 +182,8 @@ def delete(
     with Client.from_env() as client:
         if not yes and not _confirmed(screen, client, collection, ids, where):
             raise SystemExit(1)
-        deleted = client.delete(collection, ids or None, filter=where, all_chunks=all_chunks)
+        with Bar(screen, f"deleting chunks of {collection}", waits=True):
+            deleted = client.delete(collection, ids or None, filter=where, all_chunks=all_chunks)
     if screen.json:
         screen.document({"collection": collection, "deleted": deleted})
     else:

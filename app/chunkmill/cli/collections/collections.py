@@ -10,6 +10,7 @@ from rich.text import Text
 
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, count, json_option
+from chunkmill.cli.progress import Bar
 from chunkmill.domain.collections import CollectionInfo
 from chunkmill.errors import InvalidInput, NotFound
 
@@ -82,7 +83,10 @@ def drop(screen: Screen, name: str, yes: bool, no_wait: bool) -> None:
     with Client.from_env() as client:
         if not yes and not _confirmed(screen, client, name):
             raise SystemExit(1)
-        dropped = client.drop_collection(name, wait=not no_wait)
+        with Bar(screen, f"dropping {name}", waits=True) as bar:
+            dropped = client.drop_collection(
+                name, wait=not no_wait, on_progress=lambda deleted: bar.update(deleted, None, "chunks")
+            )
     if screen.json:
         screen.document(asdict(dropped))
     elif dropped.complete:

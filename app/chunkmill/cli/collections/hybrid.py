@@ -36,7 +36,8 @@ def keywords(screen: Screen, collection: str, language: str | None, drop: bool) 
                     f"Dropped the keywords of {collection!r}." if dropped else f"{collection!r} had no keywords."
                 )
             return
-        made = client.keywords(collection, language=language)
+        with Bar(screen, f"making the keywords of {collection}", waits=True):
+            made = client.keywords(collection, language=language)
     if screen.json:
         screen.document(None if made is None else asdict(made))
     elif made is None:

@@ -14,6 +14,7 @@ from chunkmill.cli.arguments import require_writable
 from chunkmill.cli.canvas import scatter
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, json_option
+from chunkmill.cli.progress import Bar
 from chunkmill.domain.figures import require_matplotlib
 from chunkmill.domain.maps import MAX_SAMPLE, CollectionMap, Legend, MapMethod
 
@@ -73,7 +74,7 @@ def map(  # noqa: A001 - it is the command's name
     Each dot is a text, and texts with similar vectors are near each other. A .html file is one page that loads nothing
     else: it can be moved and zoomed, and shows the id of the chunk under the mouse.
     """
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, f"drawing {collection}", waits=True):
         drawn = client.map(collection, by=by, sample=sample, method=method, texts=texts)
     for path in files:
         drawn.save(path)

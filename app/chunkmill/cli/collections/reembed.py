@@ -243,7 +243,7 @@ def show(screen: Screen, which: int | str, *, wait: bool) -> None:
 @click.pass_obj
 def judge(screen: Screen, which: int | str, timeout: float) -> None:
     """Check the gates now. A poller does it by itself if its role may read texts."""
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, "judging by the golden queries", waits=True):
         judged = client.judge_reembedding(which, timeout=timeout)
     _show(screen, judged)
     if not all(gate.passed for gate in judged.gates):
@@ -258,7 +258,7 @@ def judge(screen: Screen, which: int | str, timeout: float) -> None:
 @click.pass_obj
 def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) -> None:
     """Make the new space the active one now, without the rest of the ramp and whatever the gates of quality say."""
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, "waiting for missing vectors", waits=True):
         flipped = client.flip(which, missing=missing, timeout=timeout)
     _show(screen, flipped)
     failed = [gate.name for gate in flipped.gates if not gate.passed]
@@ -275,7 +275,7 @@ def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) 
 @click.pass_obj
 def rollback(screen: Screen, which: int | str, missing: int | None, timeout: float) -> None:
     """Make the collection's previous space the active one again."""
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, "waiting for missing vectors", waits=True):
         back = client.rollback(which, missing=missing, timeout=timeout)
     _show(screen, back)
 

@@ -18,6 +18,7 @@ from chunkmill.cli.late import Client, Environment, read_database, read_spaces
 from chunkmill.cli.models.check import check
 from chunkmill.cli.models.known import choose, list_models
 from chunkmill.cli.output import Group, Screen, beginning, count, duration, json_option
+from chunkmill.cli.progress import Bar
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
 
@@ -184,7 +185,11 @@ def audit(screen: Screen, collection: str | None) -> None:
     """
     with Client.from_env() as client:
         names = [info.name for info in client.collections()] if collection is None else [collection]
-        audits = [client.audit(name) for name in names]
+        with Bar(screen, "auditing", waits=True) as bar:
+            audits: list[Audit] = []
+            for name in names:
+                bar.stage(f"auditing {name}")
+                audits.append(client.audit(name))
     if screen.json:
         documents = [audit_fields(one) for one in audits]
         screen.document(documents if collection is None else documents[0])
@@ -206,7 +211,7 @@ def index(screen: Screen, collection: str) -> None:
     The poller builds it by itself as the collection grows. Writers and searches go on meanwhile.
     """
     began = time.monotonic()
-    with Client.from_env() as client:
+    with Client.from_env() as client, Bar(screen, f"building the index of {collection}", waits=True):
         built = client.index(collection)
     seconds = time.monotonic() - began
     if screen.json:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from chunkmill import Client, InvalidInput
 from chunkmill.cli import progress
+from chunkmill.cli.__main__ import cli
 from chunkmill.cli.output import Screen
 from chunkmill.cli.progress import Bar
 from tests.support.waiting import PATIENCE, until
@@ -77,3 +82,42 @@ def test_short_work_prints_no_line(capfd: pytest.CaptureFixture[str]) -> None:
     with Bar(Screen(as_json=False), "reading") as bar:
         bar.update(1, 2, "chunks")
     assert capfd.readouterr().err == ""
+
+
+LONG = {
+    "audit docs": "audit",
+    "index docs": "index",
+    "map docs": "map",
+    "keywords docs --language simple": "keywords",
+    "golden tune docs": "tune_search",
+    "compare docs org/new": "compare",
+    "compare docs org/new --dry-run": "quote_comparison",
+    "bridge learn docs org/new": "bridge",
+    "bridge learn docs org/new --dry-run": "quote_bridge",
+    "reembed start docs org/new --dry-run": "reembed",
+    "reembed judge 1": "judge_reembedding",
+    "reembed flip 1": "flip",
+    "reembed rollback 1": "rollback",
+    "export docs docs.jsonl": "export",
+    "delete docs c1 --yes": "delete",
+    "chunks update docs c1 --set {}": "update_metadata",
+    "collections drop docs --yes": "drop_collection",
+}
+"""Command → the call that may take minutes."""
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_a_command_that_takes_long_says_so_in_a_pipe(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def long(*_: object, **__: object) -> None:
+        until(lambda: said)
+        raise InvalidInput("it was long enough.")
+
+    client = MagicMock(**{LONG[command]: long})
+    monkeypatch.setattr(Client, "from_env", lambda: MagicMock(__enter__=lambda _: client))
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "click", SimpleNamespace(echo=lambda line, err: said.append(line)))
+    done = CliRunner().invoke(cli, command.split())
+    assert (done.exit_code, "it was long enough" in done.stderr) == (1, True), done.output
+    assert json.loads(said[0])["progress"]
