@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class NativeBackend:
     name = "native"
 
     def __init__(self, encoder: Encoder, *, device: torch.device, pad_id: int, varlen: Varlen | None = None) -> None:
-        self._encoder = encoder
+        self._encoder = replace(encoder, rounds=True) if device.type == "cpu" else encoder
         self._pad_id = pad_id
         self._varlen = varlen
         self.careful = False

@@ -69,6 +69,7 @@ class Attention:
     def __init__(
         self, layout: Layout, *, scale: float, bias: torch.Tensor | None, varlen: Varlen | None, careful: bool
     ) -> None:
+        self.slots = len(layout.ids)
         self._layout = layout
         self._scale = scale
         self._bias = bias
