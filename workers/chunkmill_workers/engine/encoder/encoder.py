@@ -177,9 +177,9 @@ class Encoder:
 def _rounded(slots: int) -> int:
     """``slots``, rounded up to a multiple of 8 up to 64, and of 32 or a thirty-second of it above.
 
-    oneDNN compiles a product anew for each number of slots. On a processor with AMX that takes 11 ms in bf16, which is
-    as long as four layers take for 1,024 slots, and half a megabyte stays in a cache of 1,024 products. Rounded, there
-    are some forty numbers of slots, and one in fifty slots more.
+    oneDNN compiles a product anew for each number of slots. On a processor with AMX that takes 11 ms in bf16, as long
+    as the four products of a layer take for 1,000 slots, and half a megabyte stays in a cache of 1,024 products.
+    Rounded, there are some forty numbers of slots up to 1,024, and in a large pass one slot in fifty more.
     """
     step = 8 if slots <= 64 else max(32, 1 << (slots.bit_length() - 6))
     return -(-slots // step) * step
