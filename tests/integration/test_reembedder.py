@@ -229,7 +229,9 @@ def test_one_that_is_paused_stays_in_its_state_and_share(scene: Scene, client: C
     scene.later(hours=1)
     scene.round()
     assert scene.share() == 10
-    client.resume_reembedding("docs")
+    gates = client.reembedding("docs").gates
+    assert [gate.name for gate in gates if gate.passed] == [gate.name for gate in gates] != []
+    assert client.resume_reembedding("docs").gates == gates  # nothing checks them again
     scene.round()
     assert scene.share() == 10  # the step lasts its whole time again
     scene.later(hours=1)

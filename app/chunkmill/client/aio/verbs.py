@@ -1214,7 +1214,8 @@ class AsyncVerbs(RunningCalls):
         """Go on with a re-embedding that was paused, has a problem, or stepped back, if you like with other ``gates``
         or another ``ramp``.
 
-        Its gates are checked anew. Raises :class:`NotFound`, and :class:`InvalidInput` if it has ended.
+        Its gates are checked anew. Once the ramp has begun they were passed, and of other ``gates`` only ``missing``
+        counts, at the flip. Raises :class:`NotFound`, and :class:`InvalidInput` if it has ended.
         """
         return await self._short(self._client.resume_reembedding, which, gates=gates, ramp=ramp)
 

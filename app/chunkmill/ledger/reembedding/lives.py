@@ -357,9 +357,13 @@ def pause(conn: sa.Connection, life: Life) -> None:
 
 
 def resume(conn: sa.Connection, life: Life, plan: Plan) -> None:
-    """Let it go on with ``plan``. Its gates are checked anew. Raises :class:`InvalidInput` if it has ended."""
+    """Let it go on with ``plan``. Raises :class:`InvalidInput` if it has ended.
+
+    Its gates are checked anew, unless they were passed and the ramp has begun: nothing would check them again.
+    """
     _require_open(life)
-    report = dataclasses.replace(life.report, judgement={}, judged_at=None)
+    is_judged = life.state is _S.RAMPING
+    report = life.report if is_judged else dataclasses.replace(life.report, judgement={}, judged_at=None)
     update = """
         UPDATE reembeddings
         SET paused_at = NULL, problem = NULL, plan = CAST(:plan AS jsonb), report = CAST(:report AS jsonb)
