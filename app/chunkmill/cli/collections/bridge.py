@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from chunkmill.cli import lacks
 from chunkmill.cli.arguments import quote_options
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, count, in_dollars, json_option
@@ -115,6 +116,8 @@ def learn(
             else:
                 show_quote(screen, quote)
             return
+        for lack in lacks.of_models(model):
+            screen.hint(lack)
         with Bar(screen, f"learning a bridge for {model}", waits=True) as bar:
             made = client.bridge(
                 collection,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from chunkmill.cli import lacks
 from chunkmill.cli.arguments import quote_options
 from chunkmill.cli.collections.compare_picture import picture
 from chunkmill.cli.late import Change, Client, Comparison, ComparisonQuote, Contender, as_json
@@ -85,6 +86,8 @@ def compare(
             else:
                 show_quote(screen, quote)
             return
+        for lack in lacks.of_models(model, against):
+            screen.hint(lack)
         with Bar(screen, f"comparing {model}", waits=True) as bar:
             told = client.compare(
                 collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,

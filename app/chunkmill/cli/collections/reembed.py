@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from chunkmill.cli import lacks
 from chunkmill.cli.late import Client, Gates
 from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.cli.paid.costs import budget_fields, lane_row, show_budget
@@ -193,7 +194,8 @@ def start(
     if wait and not begun.state.is_moved:
         raise SystemExit(STOPPED)
     if not wait:
-        screen.hint(f"A poller does the rest. Look with: chunkmill reembed show {begun.id}")
+        for said in lacks.of_a_poller() or ["A poller does the rest."]:
+            screen.hint(f"{said} Look with: chunkmill reembed show {begun.id}")
 
 
 @reembed.command(name="list")
@@ -336,6 +338,8 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
 def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
     """Show the progress until it is flipped, ends, is paused, stays in its share, or has a problem."""
     with Bar(screen, f"{shown.collection}: {shown.state}") as bar:
+        for lack in lacks.of_a_poller():
+            bar.note(lack)
         said = None
         while True:
             shown = client.reembedding(shown.id)
