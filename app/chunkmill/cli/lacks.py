@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from chunkmill.cli.late import Environment, read_database
 from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError
-from chunkmill.monitor.present import START_POLLER, Presence
-from chunkmill.settings import Settings
+
+if TYPE_CHECKING:
+    from chunkmill.monitor.present import Presence
+    from chunkmill.settings import Settings
 
 
 def of_models(*models: str | None) -> list[str]:
@@ -26,7 +29,7 @@ def of_models(*models: str | None) -> list[str]:
 def of_a_poller() -> list[str]:
     """A sentence if no poller is connected."""
     return [
-        f"No poller is connected, and one has to do the rest. To start one: {START_POLLER}"
+        "No poller is connected, and one has to do the rest. To start one: chunkmill poller"
         for _, present in _present()
         if not present.connections.pollers
     ]
