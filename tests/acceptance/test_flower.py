@@ -27,14 +27,13 @@ from urllib.parse import quote
 import pytest
 import redis
 
-from chunkmill import Chunk, Client
-from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, Broker
-from chunkmill.db.connect import create_db
+from chunkmill import Chunk
+from chunkmill.broker import ADVANCE_TASK, EMBED_TASK
 from chunkmill.embedded import StackStatus
 from chunkmill.messages.door import LARGEST_REPLY
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
-from tests.conftest import fresh_settings
+from tests.conftest import client_for, fresh_settings
 from tests.openai_server import OpenAIServer
 from tests.support.hostile import MARK, event, hostile_commands, hostile_events
 from tests.support.waiting import PATIENCE, until
@@ -130,7 +129,7 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def embed(settings: Settings, collection: str, n: int, **changes: Any) -> None:
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     mine = Settings.from_env(**{**given, **changes})
-    with Client(create_db(mine.require_database_url(), role="client"), Broker.connect(mine), mine) as client:
+    with client_for(mine) as client:
         texts = (Chunk(f"{collection}-{i}", f"{WORD} {i} of the {collection}", {"about": WORD}) for i in range(n))
         route = "openai" if "embedding_model" in changes else "local"
         job = client.wait(client.enqueue(texts, collection=collection, route=route).id, timeout=PATIENCE)

@@ -12,14 +12,14 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from chunkmill.broker import PRIORITY_STEPS, Broker, Doorbell, keys_of
+from chunkmill.broker import PRIORITY_STEPS, Doorbell, keys_of
 from chunkmill.client import Client
-from chunkmill.db.connect import create_db
 from chunkmill.domain.states import JobState
 from chunkmill.messages.door import LARGEST_REPLY
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
 from tests.acceptance.odd_worker import ODD_BELL
+from tests.conftest import client_for
 from tests.support.hostile import MARK, hostile_bells, hostile_commands, hostile_events, random_messages
 from tests.support.waiting import PATIENCE, until
 
@@ -30,7 +30,7 @@ OTHER_TYPES = ("unacked", "unacked_index", "unacked_mutex", "_kombu.binding.gpu"
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
-    with Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings) as made:
+    with client_for(settings) as made:
         yield made
 
 

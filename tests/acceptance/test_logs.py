@@ -14,11 +14,10 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from chunkmill import Client, JobState
-from chunkmill.broker import Broker
-from chunkmill.db.connect import create_db
+from chunkmill import JobState
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
+from tests.conftest import client_for
 from tests.support import forks
 from tests.support.waiting import PATIENCE, until
 
@@ -78,7 +77,7 @@ def test_texts_and_secrets_are_in_no_output(
     processes: Processes, settings: Settings, db: sa.Engine, secret: dict[str, str], tmp_path: Path
 ) -> None:
     worker, poller = processes.worker(**secret), processes.start("chunkmill.cli", "poller", **secret)
-    client = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
+    client = client_for(settings)
     with client:
         # Postgres refuses what the worker writes, and its error quotes the row. This counts as a failure of the work.
         with db.begin() as conn:

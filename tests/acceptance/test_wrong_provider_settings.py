@@ -7,13 +7,12 @@ import subprocess
 
 import pytest
 
-from chunkmill.broker import Broker
 from chunkmill.client import Client
-from chunkmill.db.connect import create_db
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
+from tests.conftest import client_for
 from tests.openai_server import OpenAIServer
 from tests.support import forks
 from tests.support.corridor import settings_for
@@ -75,7 +74,7 @@ def test_a_poller_with_wrong_settings_hinders_no_provider(processes: Processes, 
         worker = processes.start(*WORKER, "openai", OPENAI_POLL_SECONDS="0.2", **right)
         processes.start("chunkmill.cli", "poller", **WRONG)
         worker.wait_for("ready.")
-        with Client(create_db(mine.require_database_url(), role="client"), Broker.connect(mine), mine) as client:
+        with client_for(mine) as client:
             for route in ("openai", "openai-sync"):
                 chunks = [(f"c{i}", f"{route} {i}") for i in range(20)]
                 job = client.enqueue(chunks, collection=route, route=route)

@@ -13,7 +13,6 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import AsyncClient, Client, ClientClosed, EngineError, WaitTimeout
-from chunkmill.broker import Broker
 from chunkmill.client.asking import inquiry, listener
 from chunkmill.client.asking.listener import listener_of
 from chunkmill.db.connect import create_db
@@ -22,7 +21,7 @@ from chunkmill.embedded import StackStatus
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import ANSWERS_CHANNEL, EmbedRequest
 from chunkmill.settings import Settings
-from tests.conftest import fresh_settings
+from tests.conftest import client_for, fresh_settings
 from tests.integration.hands import Hands
 from tests.integration.test_forks import child
 from tests.support.askers import answer, answering, claim, tell, vector_of
@@ -47,7 +46,7 @@ def only_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def other(settings: Settings) -> Iterator[Client]:
     """A second client of the same database."""
-    with a_client(settings) as made:
+    with client_for(settings) as made:
         yield made
 
 
@@ -56,13 +55,9 @@ def elsewhere(stack: StackStatus) -> Iterator[tuple[Client, sa.Engine]]:
     """A client of a second database, whose requests have the same ids, and connections for a worker there."""
     with fresh_settings(stack) as settings:
         db = create_db(settings.require_database_url(), role="test")
-        with a_client(settings) as made:
+        with client_for(settings) as made:
             yield made, db
         db.dispose()
-
-
-def a_client(settings: Settings) -> Client:
-    return Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
 
 
 def listening(db: sa.Engine) -> list[int]:
@@ -269,7 +264,7 @@ def test_the_connection_goes_with_the_last_client_of_its_database(
     client: Client, settings: Settings, db: sa.Engine, elsewhere: tuple[Client, sa.Engine]
 ) -> None:
     there, their_db = elsewhere
-    with a_client(settings) as second, answering(db), answering(their_db):
+    with client_for(settings) as second, answering(db), answering(their_db):
         for one in (client, second, there):
             assert one.embed(["text 1"], timeout=LONG).argmax() == 1
         client.close()

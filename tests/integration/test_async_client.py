@@ -33,16 +33,15 @@ from chunkmill import (
     StoreUnavailable,
     WaitTimeout,
 )
-from chunkmill.broker import Broker
 from chunkmill.client.aio import calls
 from chunkmill.client.asking import inquiry
-from chunkmill.db.connect import create_db
 from chunkmill.errors import JobCancelled
 from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store.write import write_vectors
 from chunkmill.telemetry import tracing
+from tests.conftest import client_for
 from tests.integration.hands import Hands
 from tests.support.waiting import PATIENCE, until
 
@@ -52,13 +51,9 @@ DIMENSIONS = 384
 SEARCHES = 50
 
 
-def a_client(settings: Settings) -> Client:
-    return Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
-
-
 @pytest.fixture
 def aio(settings: Settings) -> Iterator[AsyncClient]:
-    made = AsyncClient(a_client(settings))
+    made = AsyncClient(client_for(settings))
     yield made
     asyncio.run(made.close())
 
@@ -735,7 +730,7 @@ def test_closing_ends_the_calls_that_run_and_leaves_nothing(
         await asyncio.Event().wait()
 
     async def scene() -> AsyncClient:
-        async with AsyncClient(a_client(settings)) as aio:
+        async with AsyncClient(client_for(settings)) as aio:
             numbers.append(Numbers(aio))
             handed_out = aio._items(numbers[0].below, 1_000_000)
             assert await anext(handed_out) == 0
@@ -776,8 +771,8 @@ def test_two_clients_share_a_loop_and_closing_one_leaves_the_other(
     settings: Settings, hands: Hands, collections: tuple[str, str]
 ) -> None:
     async def scene() -> None:
-        async with AsyncClient(a_client(settings)) as stays:
-            async with AsyncClient(a_client(settings)) as goes:
+        async with AsyncClient(client_for(settings)) as stays:
+            async with AsyncClient(client_for(settings)) as goes:
                 ended, waits = (
                     asyncio.create_task(one.search("text 3", collection="low", timeout=PATIENCE))
                     for one in (goes, stays)

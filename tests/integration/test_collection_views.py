@@ -22,7 +22,7 @@ from chunkmill.domain.collections import quoted, view_name
 from chunkmill.embedded import StackStatus
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
-from tests.conftest import admin, url_of
+from tests.conftest import admin, client_for, url_of
 from tests.integration.hands import Hands
 from tests.support.installations import in_schema, install_as_before
 
@@ -296,7 +296,7 @@ def test_psycopg_and_an_orm_read_the_views_by_distance_under_a_role_that_reads_n
 ) -> None:
     own, viewer = installed
     worker = create_db(url_of(stack, "views_for_readers"), role="worker")
-    with Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own) as client:
+    with client_for(own) as client:
         fill(client, "docs", "others")
         Hands(worker).work()
         with worker.begin() as conn:  # vectors that differ
@@ -385,7 +385,7 @@ def test_a_login_in_the_group_is_made_with_the_command_of_the_page(
     admin(stack, made[1])
     try:
         own, viewer = installed
-        with Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own) as client:
+        with client_for(own) as client:
             fill(client, "docs", "others")
         with psycopg.connect(as_role(viewer, "reports").replace("+psycopg", "")) as conn:
             assert conn.execute("SELECT count(*) FROM chunkmill_collections.docs").fetchone() == (3,)

@@ -31,7 +31,7 @@ from chunkmill.telemetry.metrics import Role
 from chunkmill_workers.host.nvml import Gpu, GpuUse
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.reporting import Reporter, Worker
-from tests.conftest import fresh_settings
+from tests.conftest import client_for, fresh_settings
 from tests.integration.conftest import Runner
 from tests.integration.hands import Hands
 from tests.support.embedded_homes import folder_for_homes
@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_ledger(
     client: Client, runner: Runner, db: sa.Engine, settings: Settings, context: WorkerContext
 ) -> None:
     small = settings.model_copy(update={"chunk_batch_size": 10})
-    with Client(create_db(small.require_database_url(), role="client"), Broker.connect(small), small) as of_ten:
+    with client_for(small) as of_ten:
         first = of_ten.enqueue(chunks(30), collection="docs")
         runner.run_due()
         of_ten.enqueue([*chunks(30), *chunks(20, "more")], collection="others")  # 30 are known by now

@@ -16,9 +16,7 @@ import tiktoken
 from click.testing import CliRunner, Result
 
 from chunkmill import Chunk, Client
-from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
-from chunkmill.db.connect import create_db
 from chunkmill.domain.costs import CostsBy
 from chunkmill.domain.providers import read_models
 from chunkmill.domain.spaces import OnLong
@@ -28,7 +26,7 @@ from chunkmill.ledger.money import budget, charges
 from chunkmill.poller.budget_alert import watch_budget
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
-from tests.conftest import FIRST_IDS
+from tests.conftest import FIRST_IDS, client_for
 from tests.support.waiting import running, together
 
 SMALL = "text-embedding-3-small"
@@ -43,7 +41,7 @@ def make(settings: Settings) -> Iterator[Make]:
 
     def build(**changes: Any) -> Client:
         own = settings.model_copy(update=changes)
-        made.append(Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own))
+        made.append(client_for(own))
         return made[-1]
 
     yield build

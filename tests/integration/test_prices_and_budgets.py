@@ -10,8 +10,6 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import Client
-from chunkmill.broker import Broker
-from chunkmill.db.connect import create_db
 from chunkmill.domain.providers import read_models
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Route
@@ -20,6 +18,7 @@ from chunkmill.ledger.money import budget
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill_workers.provider.responder import ProviderResponder
+from tests.conftest import client_for
 from tests.support import one_request
 from tests.support.corridor import Corridor
 from tests.support.corridor_scene import Scene
@@ -39,7 +38,7 @@ SAID = r"model 'mine' has no price, so OPENAI_MONTHLY_BUDGET_USD cannot limit.*\
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
     own = settings.model_copy(update={"openai_models": read_models(UNPRICED), **BUDGET})
-    made = Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own)
+    made = client_for(own)
     yield made
     made.close()
 
@@ -120,7 +119,7 @@ def test_without_a_budget_nothing_needs_a_price(settings: Settings, db: sa.Engin
 
 def test_a_used_up_budget_is_still_its_own_error(client: Client) -> None:
     own = client._settings.model_copy(update={"openai_monthly_budget_usd": Decimal(0)})
-    with Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own) as poor:
+    with client_for(own) as poor:
         for model in ("free", SMALL):
             with pytest.raises(BudgetExceeded):
                 poor.enqueue([("a", "text")], collection=model, model=model, route="openai-sync")

@@ -237,6 +237,10 @@ def test_one_that_is_paused_stays_in_its_state_and_share(scene: Scene, client: C
     scene.later(hours=1)
     scene.round()
     assert scene.share() == 100
+    scene.later(hours=1)
+    scene.goes_to(S.FLIPPED)
+    client.pause_reembedding("docs")
+    assert client.resume_reembedding("docs").gates == gates
 
 
 def test_the_ramp_steps_back_when_searches_fail_in_the_new_space(scene: Scene, client: Client, hands: Hands) -> None:

@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
 from chunkmill import Client
-from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
 from chunkmill.db.connect import create_db
 from chunkmill.domain.providers import read_models
@@ -21,6 +20,7 @@ from chunkmill.errors import InvalidInput, NotFound, UnknownRoute
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.settings import Settings
+from tests.conftest import client_for
 from tests.support.waiting import together
 
 SMALL = "text-embedding-3-small"
@@ -37,7 +37,7 @@ def make(settings: Settings) -> Iterator[Make]:
 
     def build(**changes: Any) -> Client:
         own = settings.model_copy(update=changes)
-        made.append(Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own))
+        made.append(client_for(own))
         return made[-1]
 
     yield build

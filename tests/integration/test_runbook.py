@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from chunkmill.broker import Broker
-from chunkmill.client import Client
 from chunkmill.db.connect import create_db, raw
 from chunkmill.embedded import StackStatus
 from chunkmill.settings import Settings
-from tests.conftest import fresh_settings
+from tests.conftest import client_for, fresh_settings
 from tests.support.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +147,7 @@ def fill(settings: Settings, db: sa.Engine) -> None:
             FROM generate_series(1, 300) n;
         SELECT pg_create_physical_replication_slot('{SLOT}', true);
     """
-    with Client(create_db(small.require_database_url(), role="client"), Broker.connect(small), small) as client:
+    with client_for(small) as client:
         execute(db, "ALTER SEQUENCE jobs_id_seq RESTART WITH 42")
         client.enqueue([(f"a{i}", f"the text {i}") for i in range(5)], collection="docs")
         client.enqueue([(f"b{i}", f"other text {i}") for i in range(2)], collection="others")

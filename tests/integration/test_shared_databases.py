@@ -12,8 +12,6 @@ import sqlalchemy as sa
 from alembic import command
 from click.testing import CliRunner, Result
 
-from chunkmill import Client
-from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
 from chunkmill.db import requirements
 from chunkmill.db.connect import alembic_config, create_db, known_revisions, migrate, migration_level, require_migrated
@@ -23,7 +21,7 @@ from chunkmill.settings import Settings
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.process.lease import LeaseKeeper
-from tests.conftest import admin, url_of
+from tests.conftest import admin, client_for, url_of
 from tests.integration.conftest import Runner
 from tests.support.installations import in_schema, install_as_before
 
@@ -60,7 +58,7 @@ def whole_job(url: str, settings: Settings, engines: Engines) -> None:
     own = settings.model_copy(update={"database_url": url})
     db = create_db(own.require_database_url(), role="worker")
     require_migrated(db)
-    with Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own) as client:
+    with client_for(own) as client:
         runner = Runner(WorkerContext(own, db, engines, LeaseKeeper(db, 30), name="worker"), client)
         for collection in ("docs", "others"):
             job = client.enqueue([(f"c{i}", f"text {i} of {collection}") for i in range(4)], collection=collection)

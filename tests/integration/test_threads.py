@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from kombu import pools
 
 from chunkmill import Client, Job, NotFound
-from chunkmill.broker import Broker, Doorbell
-from chunkmill.db.connect import create_db
+from chunkmill.broker import Doorbell
 from chunkmill.settings import Settings
+from tests.conftest import client_for
 from tests.integration.hands import Hands
 from tests.support.waiting import PATIENCE, Call, together, until
 
@@ -27,10 +27,7 @@ def clients(settings: Settings) -> Iterator[tuple[Client, Client]]:
     """Two clients that nobody has used yet. On a slow machine a bell that one of them has just rung could seem lost to
     the other after a second, and a bell that is rung again is one too many."""
     settings = settings.model_copy(update={"doorbell_repair_seconds": 3_600})
-    made = tuple(
-        Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
-        for _ in range(2)
-    )
+    made = tuple(client_for(settings) for _ in range(2))
     yield made  # type: ignore[misc]
     for client in made:
         client.close()

@@ -27,8 +27,9 @@ from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.embedder import AwaitedRequest, RequestEmbedder
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.local.sockets import WorkerSocketServer
+from tests.conftest import client_for
 from tests.integration.hands import Hands
-from tests.integration.test_worker_sockets import a_client, connect
+from tests.integration.test_worker_sockets import connect
 from tests.support.askers import answering
 from tests.support.gateways import running_gateway, stand_in_worker
 from tests.support.remotes import remote
@@ -176,7 +177,7 @@ def test_the_tasks_of_an_event_loop_ask_with_their_own_spans(
             return str(tracing.traceparent())
 
     async def scene() -> list[str]:
-        async with AsyncClient(a_client(settings)) as aio:
+        async with AsyncClient(client_for(settings)) as aio:
             return await asyncio.gather(one(aio, "first"), one(aio, "seconds"))
 
     with answering(db) as answerer:

@@ -10,15 +10,14 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from chunkmill import Client
-from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
-from chunkmill.db.connect import create_db
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.errors import BudgetExceeded, ChunkmillError, InvalidChunk, InvalidInput, NotFound, SpaceMismatch
 from chunkmill.ledger.money import charges
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry, unused
+from tests.conftest import client_for
 from tests.integration.hands import Hands
 from tests.support.waiting import running, until
 
@@ -248,7 +247,7 @@ def test_an_enqueue_over_the_budget_registers_no_space(settings: Settings, db: s
     with db.begin() as conn:
         charges.book(conn, route=Route.OPENAI, space_id=99, job_id=1, provider_batch_id=1, contents=1, tokens=1, usd=2)  # type: ignore[arg-type]
     with (
-        Client(create_db(poor.require_database_url(), role="client"), Broker.connect(poor), poor) as client,
+        client_for(poor) as client,
         pytest.raises(BudgetExceeded),
     ):
         client.enqueue(CHUNKS, collection="docs", route="openai")

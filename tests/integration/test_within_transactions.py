@@ -34,6 +34,7 @@ from chunkmill.ledger.jobs import jobs, recover
 from chunkmill.monitor.servers import read_status
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, names
+from tests.conftest import client_for
 from tests.integration.hands import Hands
 from tests.support import reembeddings
 from tests.support.waiting import until
@@ -386,7 +387,7 @@ def test_a_setting_that_one_poller_lacks_costs_no_job(
     budget = {"openai_monthly_budget_usd": Decimal(5)}
     priced = settings.model_copy(update={"openai_models": read_models(models), **budget})
     lacking = settings.model_copy(update={"openai_models": read_models(models | {"mine": {"dimensions": 8}}), **budget})
-    producer = Client(create_db(priced.require_database_url(), role="client"), Broker.connect(priced), priced)
+    producer = client_for(priced)
     with connection(own) as conn:
         job = producer.enqueue(CHUNKS, collection="docs", model="mine", route="openai-sync", within=conn)
         fine = producer.enqueue(CHUNKS, collection="other", model="other", route="openai-sync", within=conn)

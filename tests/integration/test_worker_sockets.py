@@ -19,10 +19,8 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import AsyncClient, Client, WaitTimeout
-from chunkmill.broker import Broker
 from chunkmill.client.asking import inquiry, sockets
 from chunkmill.client.asking.sockets import sockets_of
-from chunkmill.db.connect import create_db
 from chunkmill.domain import frames
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.frames import FrameKind
@@ -37,7 +35,7 @@ from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.embedder import AwaitedRequest, WorkerLeaves
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.local.sockets import WorkerSocketServer
-from tests.conftest import fresh_settings
+from tests.conftest import client_for, fresh_settings
 from tests.integration.conftest import count
 from tests.integration.test_forks import child
 from tests.support.askers import DIMENSIONS, answer, answering, claim, vector_of
@@ -106,10 +104,6 @@ def start(folder: str) -> Iterator[Start]:
     yield start
     for worker in started:
         worker.server.stop()
-
-
-def a_client(settings: Settings) -> Client:
-    return Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
 
 
 def connect(client: Client, *names: str) -> None:
@@ -284,7 +278,7 @@ def test_tasks_wait_without_threads_and_a_cancelled_one_takes_its_request_back(
     connect(here, "one:1")
 
     async def calls() -> None:
-        async with AsyncClient(a_client(settings)) as client:
+        async with AsyncClient(client_for(settings)) as client:
             before = threading.active_count()
             tasks = [asyncio.create_task(client.embed([f"text {n}"], timeout=LONG)) for n in range(40)]
             await asyncio.to_thread(until, lambda: len(worker.asked) == 40)
@@ -305,7 +299,7 @@ def test_callers_ask_only_workers_of_their_own_database_and_machine(
     stack: StackStatus, here: Client, db: sa.Engine, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = start(db, "one:1")
-    with fresh_settings(stack) as settings, a_client(settings) as other:
+    with fresh_settings(stack) as settings, client_for(settings) as other:
         other._space(None, OnLong.TRUNCATE)
         theirs = start(other._db, "one:1")
         with monkeypatch.context() as far:
@@ -572,7 +566,7 @@ def test_a_process_has_one_connection_and_one_thread_and_they_end_with_the_last_
 ) -> None:
     workers = [start(db, "one:1"), start(db, "two:2")]
     connect(here, "one:1", "two:2")
-    with a_client(settings) as second:
+    with client_for(settings) as second:
         connect(second, "one:1", "two:2")
         for n in range(4):
             second.embed([f"text {n}"], timeout=LONG)
@@ -587,7 +581,7 @@ def test_a_process_has_one_connection_and_one_thread_and_they_end_with_the_last_
 def test_a_setting_keeps_a_client_to_postgres(settings: Settings, here: Client, db: sa.Engine, start: Start) -> None:
     worker = start(db)
     connect(here, "one:1")
-    with a_client(settings.model_copy(update={"worker_socket": "off"})) as off, answering(db):
+    with client_for(settings.model_copy(update={"worker_socket": "off"})) as off, answering(db):
         assert off.embed(["text 1"], timeout=LONG).argmax() == 1
     assert not worker.asked
 

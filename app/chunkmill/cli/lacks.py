@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING
-
-from chunkmill.cli.late import Environment, read_database
+from chunkmill.cli.late import Environment, Settings, provider_model, read_database
 from chunkmill.domain.states import Route
-from chunkmill.errors import ChunkmillError
-
-if TYPE_CHECKING:
-    from chunkmill.monitor.present import Presence
-    from chunkmill.settings import Settings
 
 
-def of_models(*models: str | None) -> list[str]:
+def of_models(*names: str | None) -> list[str]:
     """A sentence for each kind of worker that is not there and would have to embed with one of these models."""
-    said: dict[str, None] = {}
-    for settings, present in _present():
-        for model in filter(None, models):
-            is_paid = model.partition("@")[0] in settings.provider_models
-            if lack := present.lack(Route.OPENAI if is_paid else Route.LOCAL):
-                said[f"{lack}."] = None
-    return list(said)
+    settings = Environment.load().settings
+    routes = dict.fromkeys(_route(settings, name) for name in names if name is not None)
+    present = read_database(settings).present
+    return [f"{lack}." for route in routes if (lack := present.lack(route))]
 
 
-def of_a_poller() -> list[str]:
+def of_any_worker() -> str | None:
+    """A sentence if no worker is there, of whichever kind."""
+    lack = read_database(Environment.load().settings).present.lack(Route.AUTO)
+    return f"{lack}." if lack else None
+
+
+def of_a_poller() -> str | None:
     """A sentence if no poller is connected."""
-    return [
-        "No poller is connected, and one has to do the rest. To start one: chunkmill poller"
-        for _, present in _present()
-        if not present.connections.pollers
-    ]
+    if read_database(Environment.load().settings).present.connections.pollers:
+        return None
+    return "No poller is connected, and one has to do the rest. To start one: chunkmill poller."
 
 
-def _present() -> Iterator[tuple[Settings, Presence]]:
-    """The settings, and who is there; nothing if the database cannot say it, which the command itself will tell."""
-    with suppress(ChunkmillError):
-        settings = Environment.load().settings
-        yield settings, read_database(settings).present
+def _route(settings: Settings, name: str) -> Route:
+    """Which workers embed with a model: those of the provider, local ones, or either of them."""
+    model = provider_model(settings, name)
+    if model is None:
+        return Route.LOCAL
+    return Route.OPENAI if model.same_as is None else Route.AUTO

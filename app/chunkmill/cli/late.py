@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         shares_sessions,
     )
     from chunkmill.monitor.snapshot import Fault, unconfirmed_line
+    from chunkmill.openai.catalogue import provider_model
     from chunkmill.openai.plan.tokens import from_tokenizer_file
     from chunkmill.poller.indexer import Indexer
     from chunkmill.poller.poller import Poller
@@ -136,6 +137,7 @@ else:
     shares_sessions = _Late("chunkmill.monitor.servers", "shares_sessions")
     Fault = _Late("chunkmill.monitor.snapshot", "Fault")
     unconfirmed_line = _Late("chunkmill.monitor.snapshot", "unconfirmed_line")
+    provider_model = _Late("chunkmill.openai.catalogue", "provider_model")
     from_tokenizer_file = _Late("chunkmill.openai.plan.tokens", "from_tokenizer_file")
     Indexer = _Late("chunkmill.poller.indexer", "Indexer")
     Poller = _Late("chunkmill.poller.poller", "Poller")
@@ -198,6 +200,7 @@ __all__ = [
     "numbers",
     "pgvector_problem",
     "profile_path",
+    "provider_model",
     "read_database",
     "read_redis",
     "read_spaces",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from functools import partial
 from types import TracebackType
 
 import click
@@ -34,12 +35,10 @@ class Bar:
     def __init__(self, screen: Screen, what: str, *, waits: bool = False) -> None:
         self._what = what
         self._waits = waits
-        self._is_drawn = False
         self._next = 0.0
         self._line: dict[str, float | str | None] = {}
         self._began = time.monotonic()
         self._ended = threading.Event()
-        self._lock = threading.Lock()
         self._beside: threading.Thread | None = None
         self._progress: Progress | None = None
         if screen.err.is_terminal:
@@ -56,9 +55,9 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if self._progress is not None and not self._waits:
-            self._draw()
+            self._progress.start()
         else:
-            beside = self._print_lines if self._progress is None else self._draw_later
+            beside = self._print_lines if self._progress is None else partial(self._draw_later, self._progress)
             self._beside = threading.Thread(target=beside, name="chunkmill-progress", daemon=True)
             self._beside.start()
         return self
@@ -77,15 +76,9 @@ class Bar:
             line = {"progress": self._what, **self._line, "seconds": round(time.monotonic() - self._began, 1)}
             click.echo(json.dumps(line), err=True)
 
-    def _draw_later(self) -> None:
+    def _draw_later(self, progress: Progress) -> None:
         if not self._ended.wait(WAIT_SECONDS):
-            self._draw()
-
-    def _draw(self) -> None:
-        with self._lock:
-            if self._progress is not None and not self._is_drawn:
-                self._is_drawn = True
-                self._progress.start()
+            progress.start()
 
     def update(self, done: int, total: int | None, unit: str, known: dict[str, float] | None = None) -> None:
         """Show ``done`` of ``total``, which is None if it is not known yet, and the :func:`rates` that are ``known``.
@@ -101,7 +94,7 @@ class Bar:
         now = time.monotonic()
         if now < self._next:
             return
-        self._draw()
+        self._progress.start()  # which does nothing if it is drawn already
         self._next = now + DRAW_SECONDS
         counted = f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
         self._progress.update(self._task, completed=done, total=total, numbers="  ".join([counted, *_in_words(known)]))

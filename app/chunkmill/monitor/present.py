@@ -61,8 +61,10 @@ class Presence:
                 f"`{START_WORKER}` says why"
             )
         start = START_PROVIDER_WORKER if route.is_paid else START_WORKER
+        worker = "worker for the paid routes" if route.is_paid and self.has("local") else "worker"
         return (
-            f"No worker is connected, so nothing is embedded. To start one, which takes some {READY_SECONDS} s: {start}"
+            f"No {worker} is connected, so nothing is embedded. To start one, which takes some {READY_SECONDS} s: "
+            f"{start}"
         )
 
 

@@ -194,8 +194,8 @@ def start(
     if wait and not begun.state.is_moved:
         raise SystemExit(STOPPED)
     if not wait:
-        for said in lacks.of_a_poller() or ["A poller does the rest."]:
-            screen.hint(f"{said} Look with: chunkmill reembed show {begun.id}")
+        said = lacks.of_a_poller() or "A poller does the rest."
+        screen.hint(f"{said} Look with: chunkmill reembed show {begun.id}")
 
 
 @reembed.command(name="list")
@@ -338,7 +338,7 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
 def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
     """Show the progress until it is flipped, ends, is paused, stays in its share, or has a problem."""
     with Bar(screen, f"{shown.collection}: {shown.state}") as bar:
-        for lack in lacks.of_a_poller():
+        if lack := lacks.of_a_poller():
             bar.note(lack)
         said = None
         while True:

@@ -11,16 +11,16 @@ import click
 from rich.cells import cell_len
 from rich.text import Text
 
+from chunkmill.cli import lacks
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
 from chunkmill.cli.collections.spaces import drop
-from chunkmill.cli.late import Client, Environment, read_database, read_spaces
+from chunkmill.cli.late import Client, Environment, read_spaces
 from chunkmill.cli.models.check import check
 from chunkmill.cli.models.known import choose, list_models
 from chunkmill.cli.output import Group, Screen, beginning, count, duration, json_option
 from chunkmill.cli.progress import Bar
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
-from chunkmill.domain.states import Route
 
 INCOMPLETE = 3
 """Exit code of `audit` if a chunk has no vector."""
@@ -134,9 +134,8 @@ def search(
         raise click.UsageError("Give either QUERY, or with --like the ID of a chunk.")
     metadata = _where(where)
     with Client.from_env() as client:
-        lack = None if like else read_database(Environment.load().settings).present.lack(Route.AUTO)
-        if lack:
-            screen.hint(f"{lack}. This search waits {timeout:g} s for it.")
+        if like is None and (lack := lacks.of_any_worker()):
+            screen.hint(f"{lack} This search waits {timeout:g} s for it.")
         hits = client.search(
             query,
             collection=collection,

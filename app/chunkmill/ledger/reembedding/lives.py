@@ -359,10 +359,10 @@ def pause(conn: sa.Connection, life: Life) -> None:
 def resume(conn: sa.Connection, life: Life, plan: Plan) -> None:
     """Let it go on with ``plan``. Raises :class:`InvalidInput` if it has ended.
 
-    Its gates are checked anew, unless they were passed and the ramp has begun: nothing would check them again.
+    Its gates are checked anew until the ramp begins. They were passed then, and nothing would check them again.
     """
     _require_open(life)
-    is_judged = life.state is _S.RAMPING
+    is_judged = life.state in (_S.RAMPING, _S.FLIPPED)
     report = life.report if is_judged else dataclasses.replace(life.report, judgement={}, judged_at=None)
     update = """
         UPDATE reembeddings

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from chunkmill import Client, InvalidInput
-from chunkmill.cli import progress
+from chunkmill.cli import lacks, progress
 from chunkmill.cli.__main__ import cli
 from chunkmill.cli.output import Screen
 from chunkmill.cli.progress import Bar
@@ -116,6 +116,7 @@ def test_a_command_that_takes_long_says_so_in_a_pipe(command: str, monkeypatch: 
 
     client = MagicMock(**{LONG[command]: long})
     monkeypatch.setattr(Client, "from_env", lambda: MagicMock(__enter__=lambda _: client))
+    monkeypatch.setattr(lacks, "of_models", lambda *_: [])
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     monkeypatch.setattr(progress, "click", SimpleNamespace(echo=lambda line, err: said.append(line)))
     done = CliRunner().invoke(cli, command.split())

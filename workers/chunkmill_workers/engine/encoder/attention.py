@@ -61,7 +61,8 @@ class Pattern:
 
 
 class Attention:
-    """The attention of one pass. All layers share it, and layers with the same pattern share its masks.
+    """The attention of one pass over ``slots`` slots. All layers share it, and layers with the same pattern share its
+    masks.
 
     ``careful`` leaves out ``exp2``, the only way whose scores have a limit.
     """

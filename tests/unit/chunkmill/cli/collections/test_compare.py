@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
+from chunkmill.cli import lacks
 from chunkmill.cli.__main__ import cli
 from chunkmill.cli.collections.compare import fields, show, show_quote
 from chunkmill.cli.collections.compare_picture import BETTER, UNKNOWN, WORSE, picture
@@ -107,6 +108,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return TOLD
 
     client = MagicMock(compare=compare)
+    monkeypatch.setattr(lacks, "of_models", lambda *_: [])
     monkeypatch.setattr(Client, "from_env", lambda: MagicMock(__enter__=lambda _: client))
     return models
 
