@@ -127,11 +127,12 @@ def test_without_golden_queries_titles_ask_for_the_rest_of_their_chunks(docs: Cl
 
 
 def test_the_command_prints_what_the_client_measured_and_writes_a_picture(
-    docs: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    docs: Client, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_golden(docs, tmp_path)
-    monkeypatch.setattr(Client, "from_env", lambda: docs)
-    monkeypatch.setattr(Client, "close", lambda _: None)
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+    monkeypatch.setenv("EMBEDDING_MATRYOSHKA", DEFAULT_MODEL)
     file = tmp_path / "told.svg"
     given = ["compare", "docs", DEFAULT_MODEL, "--dimensions", "96", "--timeout", str(PATIENCE)]
     ran = CliRunner().invoke(cli, [*given, "--json", "--picture", str(file)], catch_exceptions=False)
