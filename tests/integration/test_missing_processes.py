@@ -82,8 +82,18 @@ def test_the_commands_say_it_before_they_wait(settings: Settings, client: Client
     assert "No poller is connected" in said("reembed", "start", "docs", DEFAULT_MODEL, "--precision", "int8")
     with connected(settings, "poller"):
         begun = said("reembed", "start", "notes", DEFAULT_MODEL, "--precision", "int8")
-        assert ("No poller" in begun, "A poller does the rest" in begun) == (False, True)
+        assert ("No poller" in begun, "No worker is connected" in begun) == (False, True)
+        shown = said("reembed", "show", "notes")
+        assert ("No poller" in shown, "No worker is connected" in shown) == (False, True)
+        with connected(settings, "worker"):
+            again = said("reembed", "start", "notes", DEFAULT_MODEL, "--precision", "int8")
+            assert "It is under way since " in again
+            assert "A poller does the rest." in again
+            assert "is connected" not in said("reembed", "show", "notes")
+    assert "under way" not in begun
+    assert "No poller is connected" in said("reembed", "show", "docs")
     client.pause_reembedding("docs")
+    assert "is connected" not in said("reembed", "show", "docs")
     assert "No poller is connected" in said("reembed", "show", "docs", "--wait")
     with connected(settings, "poller"):
         assert "No poller" not in said("reembed", "show", "docs", "--wait")

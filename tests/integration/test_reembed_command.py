@@ -67,6 +67,7 @@ def test_a_collection_is_moved_and_comes_back(
     assert "pass --yes" in refused.stderr
     assert document("rollback", "docs")["state"] == "rolled_back"
     assert document("finish", "docs", "--yes")["dropped_at"] is None
+    assert "is rolled back, and the collection keeps no previous space" in command("finish", number).stderr
     assert command("cancel", number).exit_code == 1
 
 
@@ -75,3 +76,6 @@ def test_wrong_shares_and_limits_are_refused(command: Command, settings: Setting
         refused = command("start", "docs", settings.embedding_model, "--on-long", "split", option, value)
         assert refused.exit_code in (1, 2), refused.output
         assert command("list", "--json").stdout == "[]\n"
+    for option, value in (("--ramp", "50,10"), ("--recall", "1.5")):
+        asked = ["start", "docs", settings.embedding_model, "--on-long", "split", "--dry-run", option, value]
+        assert command(*asked).exit_code == 1

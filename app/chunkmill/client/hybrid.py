@@ -126,8 +126,8 @@ class HybridSearch(Vectors):
             queries = golden.read(conn, row.id, most=MAX_JUDGED)
             if not queries:
                 raise InvalidInput(
-                    f"collection {collection!r} has no golden queries: load some with "
-                    f"client.golden({collection!r}).load(…), or make some with .from_titles(500)."
+                    f"collection {collection!r} has no golden queries. Load some with `chunkmill golden load`, or if "
+                    "its chunks have titles, make some with `chunkmill golden titles`."
                 )
             judged = golden.judgeable(conn, row.id, queries)
         if len(judged) < 2:

@@ -245,8 +245,8 @@ class Reembeddings(ClientPart):
             life = _find(conn, which)
         if life.state is not ReembeddingState.JUDGING:
             raise InvalidInput(
-                f"re-embedding {life.id} of collection {life.collection!r} is {life.state}; its gates are checked once "
-                "its new space is filled and indexed, and before it answers searches."
+                f"re-embedding {life.id} of collection {life.collection!r} is {life.state.in_words}; its gates "
+                "are checked once its new space is filled and indexed, and before it answers searches."
             )
         with store_errors(self._db):
             gating.judge(
@@ -298,9 +298,9 @@ class Reembeddings(ClientPart):
             life = _find(conn, which)
             if not lives.cancel(conn, life):
                 raise InvalidInput(
-                    f"re-embedding {life.id} of collection {life.collection!r} is {life.state}, so there is nothing to "
-                    f"cancel. After a flip, `chunkmill reembed rollback {shlex.quote(life.collection)}` returns to the "
-                    "old space."
+                    f"re-embedding {life.id} of collection {life.collection!r} is {life.state.in_words}, so there "
+                    "is nothing to cancel. After a flip, this returns to the old space: chunkmill reembed rollback "
+                    f"{shlex.quote(life.collection)}"
                 )
         with store_errors(self._db):
             cleaning.clean_up(self._db, life.id)
@@ -316,8 +316,8 @@ class Reembeddings(ClientPart):
             life = _find(conn, which)
             if not lives.let_go(conn, life):
                 raise InvalidInput(
-                    f"re-embedding {life.id} of collection {life.collection!r} is {life.state}, and the collection "
-                    "keeps no previous space."
+                    f"re-embedding {life.id} of collection {life.collection!r} is {life.state.in_words}, and the "
+                    "collection keeps no previous space."
                 )
         return self.reembedding(life.id)
 
@@ -343,7 +343,8 @@ def _require_state(life: Life, states: Sequence[ReembeddingState], *, back: bool
         if life.state.is_end:
             advice = f"Begin another one: chunkmill reembed start {shlex.quote(life.collection)} MODEL"
     raise InvalidInput(
-        f"re-embedding {life.id} of collection {life.collection!r} cannot {what}, because it is {life.state}. {advice}"
+        f"re-embedding {life.id} of collection {life.collection!r} cannot {what}, because it is "
+        f"{life.state.in_words}. {advice}"
     )
 
 

@@ -138,7 +138,7 @@ def _coverage(gates: Gates, measured: CollectionMeasurement) -> GateResult:
         sentence += f", {measured.dead:,} of them are on its dead list" if measured.dead else ""
         sentence += f"; {gates.missing:,} may be missing."
         if not passed and measured.dead:
-            sentence += " Retry or drop the dead chunks, or allow so many with Gates(missing=…)."
+            sentence += " Retry or drop the dead chunks (`chunkmill dead`), or allow so many to be missing."
     return GateResult("coverage", passed, float(missing), float(gates.missing), sentence)
 
 
@@ -173,8 +173,9 @@ def _quality(loss: float, fewest: int, measured: CollectionMeasurement) -> GateR
         return _unmeasured("ndcg", -loss, measured)
     if n < max(2, fewest):
         sentence = (
-            f"{n:,} golden queries are too few to judge by; {max(2, fewest):,} are needed. Load some with "
-            "client.golden(…).load(…), or make some with .from_titles(500)."
+            f"{n:,} golden queries are too few to judge by; {max(2, fewest):,} are needed. Load some with `chunkmill "
+            "golden load`, or if chunks have titles, make some with `chunkmill golden titles`. To go on without them: "
+            "chunkmill reembed resume COLLECTION --ndcg-loss off"
         )
         return GateResult("ndcg", False, None, -loss, sentence)
     difference = paired_bootstrap(measured.new_ndcg, measured.old_ndcg)
@@ -211,6 +212,8 @@ def _speed(most: float, measured: CollectionMeasurement) -> GateResult:
         f"{measured.old_p95 * 1e3:,.1f} ms in the old one, which is {ratio:.2f} times as long; {most:g} times are "
         "allowed."
     )
+    if ratio > most:
+        sentence += " A machine with other work may be the reason. To measure again: chunkmill reembed judge COLLECTION"
     return GateResult("p95", ratio <= most, ratio, most, sentence)
 
 

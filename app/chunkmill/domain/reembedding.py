@@ -53,6 +53,11 @@ class ReembeddingState(StrEnum):
     ROLLED_BACK = "rolled_back"
 
     @property
+    def in_words(self) -> str:
+        """The state as it stands in a sentence."""
+        return self.value.replace("_", " ")
+
+    @property
     def is_end(self) -> bool:
         """Whether the re-embedding is over: finished, cancelled or rolled back."""
         return self in (ReembeddingState.FINISHED, ReembeddingState.CANCELLED, ReembeddingState.ROLLED_BACK)
@@ -245,6 +250,17 @@ class Reembedding(PrintedResult):
     """When it ended; None while it is open."""
     dropped_at: datetime | None
     """When the space that the collection left is dropped, or was; None if none is kept."""
+    share_since: datetime | None = None
+    """When the new space began to answer its present share; None if the collection is not on its way into it."""
+
+    @property
+    def next_step_at(self) -> datetime | None:
+        """When the next step of the ramp, or the flip after its last one, comes at the earliest. None if it is not
+        ramping, is paused, or stays at its share."""
+        is_last = self.ramp[-1:] == (self.share,) != (100,)
+        if self.state is not ReembeddingState.RAMPING or self.paused_at or is_last or self.share_since is None:
+            return None
+        return self.share_since + timedelta(hours=self.step_hours)
 
     @property
     def is_open(self) -> bool:

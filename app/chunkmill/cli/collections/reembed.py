@@ -181,21 +181,24 @@ def start(
     asked = {name: given[name] for name in ("on_long", "dimensions", "precision", "route", "priority", "step_hours",
                                             "keep_days")}  # fmt: skip
     with Client.from_env() as client:
+        shares = RAMP if ramp is None else ramp
         if dry_run:
             with Bar(screen, f"counting the texts of {collection}", waits=True):
-                quote = client.reembed(collection, to=model, dry_run=True, gates=gates, **asked)
+                quote = client.reembed(collection, to=model, dry_run=True, gates=gates, ramp=shares, **asked)
             show_quote(screen, quote)
             return
-        shares = RAMP if ramp is None else ramp
+        before = {one.id for one in client.reembeddings(collection, limit=1)}
         begun = client.reembed(collection, to=model, gates=gates, ramp=shares, **asked)
+        if begun.id in before:
+            screen.hint(f"It is under way since {_time(begun.created_at)}, and nothing else was begun.")
         if wait:
             begun = _wait(screen, client, begun)
     _show(screen, begun)
     if wait and not begun.state.is_moved:
         raise SystemExit(STOPPED)
     if not wait:
-        said = lacks.of_a_poller() or "A poller does the rest."
-        screen.hint(f"{said} Look with: chunkmill reembed show {begun.id}")
+        lacking = _hint_lacks(screen, begun)
+        screen.hint(f"{'' if lacking else 'A poller does the rest. '}Look with: chunkmill reembed show {begun.id}")
 
 
 @reembed.command(name="list")
@@ -218,6 +221,8 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
         for one in latest:
             if one.problem is not None:  # a sentence, which a column would break into a tower of syllables
                 screen.hint(f"{one.id}: {one.problem}")
+        if any(one.state.is_before_flip and one.paused_at is None for one in latest) and (lack := lacks.of_a_poller()):
+            screen.hint(lack)
 
 
 @reembed.command()
@@ -234,7 +239,9 @@ def show(screen: Screen, which: int | str, *, wait: bool) -> None:
         if wait:
             shown = _wait(screen, client, shown)
     _show(screen, shown)
-    if wait and not shown.state.is_moved:
+    if not wait:
+        _hint_lacks(screen, shown)
+    elif not shown.state.is_moved:
         raise SystemExit(STOPPED)
 
 
@@ -324,7 +331,7 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
     """Drop the collection's previous space now. No rollback is possible after that."""
     with Client.from_env() as client:
         shown = client.reembedding(which)
-        if not yes:
+        if not yes and shown.dropped_at is not None:
             if screen.json or not sys.stdin.isatty():
                 raise InvalidInput(
                     "reembed finish asks before it drops a space, and stdin is not a terminal: pass --yes to drop it "
@@ -337,19 +344,22 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
 
 def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
     """Show the progress until it is flipped, ends, is paused, stays in its share, or has a problem."""
-    with Bar(screen, f"{shown.collection}: {shown.state}") as bar:
+    with Bar(screen, f"{shown.collection}: {shown.state.in_words}") as bar:
         if lack := lacks.of_a_poller():
             bar.note(lack)
-        said = None
+        said = said_step = None
         while True:
             shown = client.reembedding(shown.id)
             is_at_rest = shown.state is ReembeddingState.RAMPING and shown.ramp[-1:] == (shown.share,) != (100,)
             if not shown.state.is_before_flip or shown.paused_at is not None or shown.problem is not None or is_at_rest:
                 return shown
             if shown.state is not said:
-                bar.stage(f"{shown.collection}: {shown.state}")
+                bar.stage(f"{shown.collection}: {shown.state.in_words}")
                 said = shown.state
             if shown.state is ReembeddingState.RAMPING:
+                if (step := shown.next_step_at) is not None and step != said_step:
+                    bar.note(f"The new space answers {shown.share} % of the sessions until {_time(step)} at least.")
+                    said_step = step
                 bar.update(shown.share, 100, "% of the sessions")
             elif shown.state is ReembeddingState.FILLING and shown.coverage is not None:
                 coverage = shown.coverage
@@ -393,16 +403,21 @@ def _show(screen: Screen, shown: Reembedding) -> None:
         "collection": shown.collection,
         "from": f"{shown.from_model} ({shown.from_space[:12]})",
         "to": f"{shown.to_model} ({shown.to_space[:12]})",
-        "state": f"{shown.state}, since {_time(shown.state_since)}" + (", paused" if shown.paused_at else ""),
+        "state": f"{shown.state.in_words}, since {_time(shown.state_since)}" + (", paused" if shown.paused_at else ""),
         "share": f"{shown.share} % of the sessions; ramp {', '.join(map(str, shown.ramp)) or 'none'}",
     }
+    if shown.next_step_at is not None:
+        fields["next step"] = f"not before {_time(shown.next_step_at)}"
     if shown.coverage is not None:
         coverage = shown.coverage
         dead = f", {coverage.dead:,} dead" if coverage.dead else ""
         fields["filled"] = f"{coverage.share:.1%} of {count(coverage.contents, 'text')}{dead}"
-    if shown.dropped_at is not None:
+    if shown.state is ReembeddingState.ROLLED_BACK:
+        kept = f"are kept until {_time(shown.dropped_at)}" if shown.dropped_at is not None else "are dropped"
+        fields["new space"] = f"its vectors {kept}"
+    elif shown.dropped_at is not None:
         fields["way back"] = f"kept until {_time(shown.dropped_at)}"
-    elif shown.state in (ReembeddingState.FINISHED, ReembeddingState.ROLLED_BACK):
+    elif shown.state is ReembeddingState.FINISHED:
         fields["way back"] = "none: the vectors of the space that the collection left are dropped"
     screen.fields(fields)
     if shown.gates:
@@ -422,6 +437,17 @@ def _show(screen: Screen, shown: Reembedding) -> None:
         screen.hint(shown.problem)
 
 
+def _hint_lacks(screen: Screen, shown: Reembedding) -> bool:
+    """Say which processes are not there that have to do the next step. Returns whether one is not."""
+    if not shown.state.is_before_flip or shown.paused_at is not None:
+        return False
+    fills = shown.state in (ReembeddingState.PLANNED, ReembeddingState.FILLING)
+    lacking = [lack for lack in (lacks.of_a_poller(), *(lacks.of_models(shown.to_model) if fills else ())) if lack]
+    for lack in lacking:
+        screen.hint(lack)
+    return bool(lacking)
+
+
 def _row(shown: Reembedding) -> tuple[object, ...]:
     # What was counted in a space that is dropped is there no more.
     left = shown.state is ReembeddingState.ROLLED_BACK and shown.dropped_at is None
@@ -429,13 +455,19 @@ def _row(shown: Reembedding) -> tuple[object, ...]:
     return (
         str(shown.id),
         shown.collection,
-        f"{shown.state}{' (paused)' if shown.paused_at else ''}",
-        shown.from_model,
-        shown.to_model,
+        f"{shown.state.in_words}{' (paused)' if shown.paused_at else ''}",
+        *_models(shown),
         f"{shown.coverage.share:.0%}" if shown.coverage is not None and is_there else None,
         f"{shown.share} %",
         _time(shown.state_since),
     )
+
+
+def _models(shown: Reembedding) -> tuple[str, str]:
+    """The names of both models; if they are the same, with what tells the spaces apart."""
+    if shown.from_model != shown.to_model:
+        return shown.from_model, shown.to_model
+    return f"{shown.from_model} ({shown.from_space[:12]})", f"{shown.to_model} ({shown.to_space[:12]})"
 
 
 def _time(moment: datetime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
 
@@ -81,7 +82,8 @@ def take_off(conn: sa.Connection, ids: Sequence[int], *, require_all: bool) -> t
         raise InvalidInput(
             f"dead chunk {beside[0].id} (chunk {beside[0].chunk_id!r}) is not dropped, because it is dead in another "
             f"space of collection {beside[0].collection!r} than the active one. Nothing was changed. Retry it, delete "
-            "the chunk from the collection, or accept that the other space lacks it: Gates(missing=…)."
+            "the chunk from the collection, or let it be missing in the other space: chunkmill reembed resume "
+            f"{shlex.quote(beside[0].collection)} --missing 1"
         )
     selected = [entry for entry in selected if entry not in beside]
     conn.execute(

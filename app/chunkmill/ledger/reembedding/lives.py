@@ -103,6 +103,7 @@ class Life:
             flipped_at=self.flipped_at,
             finished_at=self.finished_at,
             dropped_at=self.kept_until,
+            share_since=self.share_since,
         )
 
 
@@ -279,8 +280,8 @@ def _same(life: Life, space: Space, plan: Plan) -> int:
         )
     raise InvalidInput(
         f"collection {life.collection!r} is on its way to {life.names['to_model']!r} already, by re-embedding "
-        f"{life.id} ({life.state}), with other arguments. Change its gates or its ramp with chunkmill reembed resume "
-        f"{life.id}, or give it up first: chunkmill reembed cancel {life.id}."
+        f"{life.id} ({life.state.in_words}), with other arguments. Change its gates or its ramp with chunkmill "
+        f"reembed resume {life.id}, or give it up first: chunkmill reembed cancel {life.id}."
     )
 
 
@@ -425,7 +426,9 @@ def note_cleaned(conn: sa.Connection, life: Life) -> None:
 
 def _require_open(life: Life) -> None:
     if life.finished_at is not None:
-        raise InvalidInput(f"re-embedding {life.id} of collection {life.collection!r} has ended: it is {life.state}.")
+        raise InvalidInput(
+            f"re-embedding {life.id} of collection {life.collection!r} has ended: it is {life.state.in_words}."
+        )
 
 
 def _life(row: sa.Row[Any]) -> Life:
