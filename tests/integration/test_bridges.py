@@ -343,7 +343,12 @@ def test_the_command_learns_lists_searches_and_drops(
     assert "full re-embedding" in said
     assert "8 golden queries" in said
     assert "docs" in run("bridge")
+    assert "It replaces" not in said
+    said = run("bridge", "learn", "docs", first_token, "--sample", "100", "--precision", "int8")
+    assert f"It replaces the collection's bridge of the same model in another space, {quote.query_space[:12]}" in said
     (listed,) = json.loads(run("bridge", "--json"))
+    assert listed["query_space"][:12] in run("bridge")
+    assert listed["query_space"] != quote.query_space
     assert (listed["name"], listed["queries"]) == (first_token, 8)
     assert "through the bridge" in run("search", "a cat", "-c", "docs", "--bridge", first_token)
     assert json.loads(run("bridge", "drop", "docs", first_token, "--json"))["dropped"] is True

@@ -140,7 +140,7 @@ def test_the_command_prints_what_the_client_measured_and_writes_a_picture(
     assert (told["changes"]["queries"], told["sample"]) == (8, 24)
     assert ElementTree.fromstring(file.read_text()).tag.endswith("svg")  # noqa: S314 - our own
     ran = CliRunner().invoke(cli, [*given, "--dry-run"], catch_exceptions=False)
-    assert "8 queries would be asked in a sample of 24 texts, in both models." in ran.stdout
+    assert "8 queries would be asked in a sample of 24 texts, in both models, about " in ran.stdout
     assert CliRunner().invoke(cli, [*given, "--max-usd", "much"]).exit_code == 2
 
 

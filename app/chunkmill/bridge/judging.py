@@ -134,14 +134,17 @@ def rank(ids: Sequence[str], vectors: Floats, queries: Floats) -> list[list[str]
 def sentence(verdict: Verdict) -> str:
     """What a verdict means."""
     full, kept, loss = verdict.full, verdict.held_out, verdict.loss
-    measured = f"{loss.mean:+.3f} nDCG@{DEPTH} (95 %: {loss.low:+.3f} to {loss.high:+.3f})"
+    measured = f"{loss.mean:.3f} of nDCG@{DEPTH} (95 %: {loss.low:.3f} to {loss.high:.3f})"
     same = f"{kept.same_hits.mean():.0%} of the first {DEPTH} hits are the same"
     if loss.n < MIN_QUERIES:
-        return f"{loss.n} queries are too few to be sure of the loss, at least {MIN_QUERIES} are needed: {measured}."
+        few = f"{loss.n} queries are too few to be sure of the loss, at least {MIN_QUERIES} are needed."
+        return f"{few} It is {measured}."
     if loss.low > 0:
         share = kept.ndcg.mean() / full.ndcg.mean()
         return f"The bridge loses {measured} and keeps {share:.1%} of what a full re-embedding has; {same}."
-    return f"No loss against a full re-embedding can be seen: {measured}; {same}."
+    return (
+        f"No loss against a full re-embedding can be seen: it is {measured}, where less than 0 would be a gain; {same}."
+    )
 
 
 def _best(worth: Scores) -> int:

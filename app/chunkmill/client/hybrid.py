@@ -126,8 +126,9 @@ class HybridSearch(Vectors):
             queries = golden.read(conn, row.id, most=MAX_JUDGED)
             if not queries:
                 raise InvalidInput(
-                    f"collection {collection!r} has no golden queries. Load some with `chunkmill golden load`, or if "
-                    "its chunks have titles, make some with `chunkmill golden titles`."
+                    f"collection {collection!r} has no golden queries. To load some: `chunkmill golden load "
+                    "COLLECTION QUERIES QRELS`. If chunks have titles, they can be the queries: `chunkmill golden "
+                    "titles COLLECTION`."
                 )
             judged = golden.judgeable(conn, row.id, queries)
         if len(judged) < 2:

@@ -138,7 +138,7 @@ def _coverage(gates: Gates, measured: CollectionMeasurement) -> GateResult:
         sentence += f", {measured.dead:,} of them are on its dead list" if measured.dead else ""
         sentence += f"; {gates.missing:,} may be missing."
         if not passed and measured.dead:
-            sentence += " Retry or drop the dead chunks (`chunkmill dead`), or allow so many to be missing."
+            sentence += " Retry or drop the dead chunks (`chunkmill dead list`), or allow so many to be missing."
     return GateResult("coverage", passed, float(missing), float(gates.missing), sentence)
 
 
@@ -173,9 +173,9 @@ def _quality(loss: float, fewest: int, measured: CollectionMeasurement) -> GateR
         return _unmeasured("ndcg", -loss, measured)
     if n < max(2, fewest):
         sentence = (
-            f"{n:,} golden queries are too few to judge by; {max(2, fewest):,} are needed. Load some with `chunkmill "
-            "golden load`, or if chunks have titles, make some with `chunkmill golden titles`. To go on without them: "
-            "chunkmill reembed resume COLLECTION --ndcg-loss off"
+            f"{n:,} golden queries are too few to judge by; {max(2, fewest):,} are needed. To load some: `chunkmill "
+            "golden load COLLECTION QUERIES QRELS`. If chunks have titles, they can be the queries: `chunkmill golden "
+            "titles COLLECTION`. To go on without them: `chunkmill reembed resume COLLECTION --ndcg-loss off`."
         )
         return GateResult("ndcg", False, None, -loss, sentence)
     difference = paired_bootstrap(measured.new_ndcg, measured.old_ndcg)
@@ -213,7 +213,9 @@ def _speed(most: float, measured: CollectionMeasurement) -> GateResult:
         "allowed."
     )
     if ratio > most:
-        sentence += " A machine with other work may be the reason. To measure again: chunkmill reembed judge COLLECTION"
+        sentence += (
+            " A machine with other work may be the reason. To measure again: `chunkmill reembed judge COLLECTION`."
+        )
     return GateResult("p95", ratio <= most, ratio, most, sentence)
 
 

@@ -159,3 +159,11 @@ def _fingerprint(spec: SpaceSpec) -> str:
     fields = {name: value for name, value in asdict(spec).items() if name != "model" and (value or name not in _ADDED)}
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def told_apart(old: tuple[str, str], new: tuple[str, str]) -> tuple[str, str]:
+    """The models of two spaces, each given as ``(model, fingerprint)``, for people to read. If both have the same
+    model, the beginning of the fingerprint follows."""
+    if old[0] != new[0]:
+        return old[0], new[0]
+    return f"{old[0]} ({old[1][:12]})", f"{new[0]} ({new[1][:12]})"

@@ -15,6 +15,7 @@ from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, count, in_dollars, json_option
 from chunkmill.cli.progress import Bar
 from chunkmill.domain.bridges import Bridge, BridgeQuote
+from chunkmill.domain.spaces import Precision
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -37,6 +38,7 @@ def bridge(ctx: click.Context) -> None:
                 [
                     "collection",
                     "model of the queries",
+                    "space of the queries",
                     "kind",
                     "full nDCG@10",
                     "nDCG@10",
@@ -48,6 +50,7 @@ def bridge(ctx: click.Context) -> None:
                     (
                         one.collection,
                         one.name,
+                        one.query_space[:12],
                         str(one.kind),
                         one.full_ndcg,
                         one.ndcg,
@@ -68,6 +71,7 @@ def bridge(ctx: click.Context) -> None:
 @click.option(
     "--dimensions", type=click.IntRange(1), help="Number of dimensions to shorten the vectors of the queries to."
 )
+@click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="The precision of MODEL.")
 @click.option(
     "--sample", type=click.IntRange(32), default=5_000, show_default=True, help="Maximum number of texts to learn from."
 )
@@ -94,6 +98,7 @@ def learn(
     collection: str,
     model: str,
     dimensions: int | None,
+    precision: str | None,
     sample: int,
     queries: int,
     compare_old: bool,
@@ -109,7 +114,13 @@ def learn(
         if dry_run:
             with Bar(screen, f"counting the texts of {collection}", waits=True):
                 quote = client.quote_bridge(
-                    collection, model, dimensions=dimensions, sample=sample, queries=queries, compare_old=compare_old
+                    collection,
+                    model,
+                    dimensions=dimensions,
+                    precision=precision,
+                    sample=sample,
+                    queries=queries,
+                    compare_old=compare_old,
                 )
             if screen.json:
                 screen.document(asdict(quote))
@@ -118,11 +129,13 @@ def learn(
             return
         for lack in lacks.of_models(model):
             screen.hint(lack)
+        before = {one.name: one.query_space for one in client.bridges(collection)}
         with Bar(screen, f"learning a bridge for {model}", waits=True) as bar:
             made = client.bridge(
                 collection,
                 model,
                 dimensions=dimensions,
+                precision=precision,
                 sample=sample,
                 queries=queries,
                 compare_old=compare_old,
@@ -134,6 +147,11 @@ def learn(
         screen.document(as_document(made))
     else:
         show_bridge(screen, made)
+        if before.get(made.name, made.query_space) != made.query_space:
+            screen.hint(
+                f"It replaces the collection's bridge of the same model in another space, {before[made.name][:12]}, "
+                "because a collection has one bridge of each model."
+            )
 
 
 @bridge.command()
@@ -172,6 +190,7 @@ def show_bridge(screen: Screen, one: Bridge) -> None:
          trial.ndcg, trial.recall, trial.same_hits, f"{trial.bytes / 1e6:,.1f} MB")
         for trial in one.trials
     ]  # fmt: skip
+    screen.say(f"Queries of {one.name} go from space {one.query_space[:12]} to space {one.space[:12]}.")
     screen.table(["queries through", "nDCG@10", "recall@10", "same hits", "size"], rows)
     of = "golden queries" if one.queries_from == "golden" else "titles of chunks"
     screen.say(

@@ -120,7 +120,8 @@ def show_quote(screen: Screen, quote: ComparisonQuote) -> None:
     )
     screen.say(
         f"{count(quote.queries, 'query', 'queries')} would be asked in a sample of {count(quote.contents, 'text')}, "
-        "in both models."
+        "in both models"
+        + (f", about {count(quote.tokens, 'token')}." if quote.tokens else ".")  # an older gateway does not say
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from chunkmill.cli.late import Change, Comparison
+from chunkmill.domain.spaces import told_apart
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 760, 190, 150, 96, 46
 LINE = 100
@@ -43,7 +44,8 @@ def picture(told: Comparison) -> str:
 
 
 def _titles(told: Comparison) -> Iterator[str]:
-    yield _text(24, 30, f"{told.new.model} against {told.old.model}", size=17, weight=600, fill="#111")
+    old, new = told_apart((told.old.model, told.old.space), (told.new.model, told.new.space))
+    yield _text(24, 30, f"{new} against {old}", size=17, weight=600, fill="#111")
     yield _text(
         24, 52,
         f"collection {told.collection}: {told.changes.queries:,} queries in {told.sample:,} of {told.contents:,} texts",

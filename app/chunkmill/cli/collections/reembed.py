@@ -19,7 +19,7 @@ from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.cli.paid.costs import budget_fields, lane_row, show_budget
 from chunkmill.cli.progress import Bar
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding, ReembeddingState
-from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.spaces import OnLong, Precision, told_apart
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidInput
 
@@ -456,18 +456,11 @@ def _row(shown: Reembedding) -> tuple[object, ...]:
         str(shown.id),
         shown.collection,
         f"{shown.state.in_words}{' (paused)' if shown.paused_at else ''}",
-        *_models(shown),
+        *told_apart((shown.from_model, shown.from_space), (shown.to_model, shown.to_space)),
         f"{shown.coverage.share:.0%}" if shown.coverage is not None and is_there else None,
         f"{shown.share} %",
         _time(shown.state_since),
     )
-
-
-def _models(shown: Reembedding) -> tuple[str, str]:
-    """The names of both models; if they are the same, with what tells the spaces apart."""
-    if shown.from_model != shown.to_model:
-        return shown.from_model, shown.to_model
-    return f"{shown.from_model} ({shown.from_space[:12]})", f"{shown.to_model} ({shown.to_space[:12]})"
 
 
 def _time(moment: datetime) -> str:
