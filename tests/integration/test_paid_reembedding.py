@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from chunkmill import Gates, Reembedding, ReembeddingState
+from chunkmill import BudgetExceeded, Gates, Reembedding, ReembeddingState
 from chunkmill.domain.states import Route
 from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
@@ -84,7 +84,13 @@ def test_no_text_is_paid_twice_on_the_way_to_another_paid_model_and_back(paid: C
     quote = client.reembed("docs", to=NEW_MODEL, route=route, dry_run=True)
     assert (quote.contents, quote.cached, quote.to_embed) == (12, 3, 9)
     gates = Gates(canary=False, recall=None, ndcg_loss=None, p95_ratio=None)
-    client.reembed("docs", to=NEW_MODEL, route=route, gates=gates, ramp=())
+    assert quote.usd is not None
+    with pytest.raises(
+        BudgetExceeded, match=r"collection 'docs' would cost about .* \(max_usd\) is .*Nothing was begun"
+    ):
+        client.reembed("docs", to=NEW_MODEL, route=route, gates=gates, max_usd=quote.usd / 2)
+    assert client.reembeddings() == []
+    client.reembed("docs", to=NEW_MODEL, route=route, gates=gates, ramp=(), max_usd=quote.usd)
     move.goes_to(S.FILLING)
     # A producer comes while it is filled: what is new is paid once in each model, and what is known is not paid at all.
     move.enqueue(["a new text", TEXTS[0]], "docs", MODEL)

@@ -19,6 +19,7 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
+from chunkmill import Gates
 from chunkmill.bridge import fitting
 from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
@@ -41,6 +42,7 @@ from tests.support.corridor import MODEL, Corridor
 from tests.support.corridor_scene import Scene
 from tests.support.gateways import RunningGateway, running_gateway
 from tests.support.paid_ledger import LARGE, register
+from tests.support.remotes import remote
 from tests.support.served import ended, line, openai_client, start
 from tests.support.waiting import PATIENCE, until
 
@@ -344,6 +346,12 @@ def test_a_reembedding_is_paid_by_the_key_that_began_it(books: Books) -> None:
     books.run(stored.id)
     body = {"to": MODEL, "dimensions": 4, "route": "openai", "gates": {"canary": False}}
     assert refused(books.ask(poor, "POST", "/v1/collections/docs/reembed", json=body)) == (429, "insufficient_quota")
+    few: dict[str, Any] = {"route": "openai", "gates": Gates(canary=False), "max_usd": "0.0000000001"}
+    with (
+        remote("sync", books.gateway.url, admin) as client,
+        pytest.raises(BudgetExceeded, match=r"\(max_usd\).*Nothing was begun"),
+    ):
+        client.reembed("docs", to=MODEL, dimensions=4, **few)
     assert books.corridor.rows("SELECT FROM reembeddings") == []
     answer = books.ask(admin, "POST", "/v1/collections/docs/reembed", json=body)
     assert answer.status_code == 201, answer.text

@@ -52,7 +52,7 @@ def picture_file(_: click.Context, __: click.Parameter, path: Path | None) -> Pa
     return path
 
 
-def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | None:
+def usd_option(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | None:
     try:
         return None if given is None else Decimal(given)
     except InvalidOperation:
@@ -61,7 +61,9 @@ def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | 
 
 def quote_options(command: Command) -> Command:
     """The options ``--max-usd`` and ``--dry-run`` of a command that has texts embedded."""
-    most = click.option("--max-usd", metavar="USD", callback=_usd, help="Send nothing if it would cost more than this.")
+    most = click.option(
+        "--max-usd", metavar="USD", callback=usd_option, help="Send nothing if it would cost more than this."
+    )
     dry = click.option("--dry-run", is_flag=True, help="Say what would be embedded and what it would cost, and stop.")
     return most(dry(command))
 

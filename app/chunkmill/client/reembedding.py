@@ -16,7 +16,17 @@ from chunkmill.client.costing import counting
 from chunkmill.client.paying import usd_of
 from chunkmill.client.quoting import quote
 from chunkmill.client.stopping import end_if_stopped
-from chunkmill.domain.arguments import as_flag, as_function, as_number, as_seconds, as_text, as_word, require_name
+from chunkmill.domain.arguments import (
+    as_flag,
+    as_function,
+    as_number,
+    as_seconds,
+    as_text,
+    as_usd,
+    as_word,
+    require_name,
+)
+from chunkmill.domain.budget import dollars
 from chunkmill.domain.costs import Spent
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.printed import Rows
@@ -33,7 +43,7 @@ from chunkmill.domain.reembedding import (
 )
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.domain.states import Priority, Route
-from chunkmill.errors import InvalidInput, WaitTimeout
+from chunkmill.errors import BudgetExceeded, InvalidInput, InvalidSetting, WaitTimeout
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget
@@ -65,6 +75,7 @@ class Reembeddings(ClientPart):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Quote: ...
 
     @overload
@@ -83,6 +94,7 @@ class Reembeddings(ClientPart):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Reembedding: ...
 
     def reembed(
@@ -100,6 +112,7 @@ class Reembeddings(ClientPart):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Quote | Reembedding:
         """Begin to move a collection to the model ``to``, or with ``dry_run`` say what that would take.
 
@@ -111,7 +124,8 @@ class Reembeddings(ClientPart):
 
         ``on_long``, ``dimensions``, ``precision`` and ``route`` are as in :meth:`enqueue`. A ramp whose last share is
         not 100 stays there until somebody calls :meth:`flip` or :meth:`cancel_reembedding`, and an empty one flips as
-        soon as the gates are passed.
+        soon as the gates are passed. Nothing is begun if a paid route would cost more than ``max_usd``, by the estimate
+        of ``dry_run``; what is enqueued afterwards costs more.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if another re-embedding of the collection is under way or it is
         in the space already, :class:`UnknownModel`, :class:`UnknownRoute`, and :class:`BudgetExceeded`.
@@ -129,11 +143,12 @@ class Reembeddings(ClientPart):
             route=as_word(Route, route, "route"),
             on_long=long,
         )
+        limit = None if max_usd is None else as_usd("max_usd", max_usd)
         spec = self._spec(to, long, dimensions=dimensions, precision=precision)
         if dry_run:
             with store_errors(self._db):
                 return quote(self._db, self._settings, collection, spec, plan)
-        usd = self._expected_usd(collection, spec, plan)
+        usd = self._expected_usd(collection, spec, plan, limit)
         with self._transaction() as conn:
             lives.require_kept(conn)
             choice = routing.decide(conn, self._settings, spec, plan.route)
@@ -144,19 +159,32 @@ class Reembeddings(ClientPart):
             reembedding_id = lives.begin(conn, row, space, plan, usd=usd)
         return self.reembedding(reembedding_id)
 
-    def _expected_usd(self, collection: str, spec: SpaceSpec, plan: Plan) -> Decimal:
+    def _expected_usd(self, collection: str, spec: SpaceSpec, plan: Plan, limit: Decimal | None) -> Decimal:
         """US dollars to reserve for the key of the gateway that begins a re-embedding. None are reserved if its dollars
-        have no limit, or if the re-embedding is under way already, which :meth:`reembed` finds out."""
+        have no limit, or if the re-embedding is under way already, which :meth:`reembed` finds out.
+
+        Raises :class:`BudgetExceeded` if it would cost more than ``limit``.
+        """
         with self._transaction() as conn:
             choice = routing.decide(conn, self._settings, spec, plan.route)
-            if not choice.route.is_paid or not spends.is_limited(conn):
+            is_limited = spends.is_limited(conn)
+            if not choice.route.is_paid or not (is_limited or limit is not None):
                 return Decimal(0)
             row = collections.find(conn, collection)
             if registry.get(conn, row.space_id).spec.fingerprint == spec.fingerprint:
                 return Decimal(0)
         with store_errors(self._db):
             lanes = quote(self._db, self._settings, collection, spec, plan).lanes
-        return usd_of(next(lane for lane in lanes if lane.route is choice.route))
+        lane = next(lane for lane in lanes if lane.route is choice.route)
+        if limit is not None and lane.usd is None:
+            raise InvalidSetting("max_usd is given and the model has no price: give it usd in OPENAI_MODELS.")
+        if limit is not None and lane.usd is not None and lane.usd > limit:
+            raise BudgetExceeded(
+                f"the re-embedding of collection {collection!r} would cost about {dollars(lane.usd)} USD, and the most "
+                f"that it may cost (max_usd) is {dollars(limit)} USD. Nothing was begun. Raise the limit, or choose a "
+                "cheaper model or route."
+            )
+        return usd_of(lane) if is_limited else Decimal(0)
 
     def reembedding(self, which: int | str) -> Reembedding:
         """A re-embedding by its id, or the latest one of a collection by its name. Raises :class:`NotFound`."""

@@ -116,6 +116,8 @@ def as_usd(argument: str, given: object) -> Decimal:
     """
     if isinstance(given, bool) or not isinstance(given, int | str | Decimal):
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be a Decimal, or a text such as '-1.25'.")
+    if isinstance(given, Decimal):
+        given = str(given)  # as whoever typed it knows it
     try:
         usd = Decimal(given)
     except InvalidOperation:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
-from chunkmill.domain.arguments import as_flag, as_number, as_seconds, as_text, as_word, require_name
+from chunkmill.domain.arguments import as_flag, as_number, as_seconds, as_text, as_usd, as_word, require_name
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import (
@@ -51,6 +52,7 @@ class Reembeddings(RemoteCalls):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Steps[Quote | Reembedding]:
         """Begin to move a collection to the model ``to``, or with ``dry_run`` say what that would take, as
         :meth:`Client.reembed` does, which describes the arguments.
@@ -74,6 +76,8 @@ class Reembeddings(RemoteCalls):
             body["dimensions"] = as_number("dimensions", dimensions, least=1)
         if precision is not None:
             body["precision"] = as_word(Precision, precision, "precision")
+        if max_usd is not None:
+            body["max_usd"] = str(as_usd("max_usd", max_usd))
         kind: Any = Quote if dry_run else Reembedding
         return self._get(
             path_of(collection, "reembed"),

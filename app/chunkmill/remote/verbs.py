@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 import numpy as np
@@ -187,6 +188,7 @@ class Reembed(Protocol):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Quote: ...
 
     @overload
@@ -205,6 +207,7 @@ class Reembed(Protocol):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Reembedding: ...
 
 
@@ -227,6 +230,7 @@ class AsyncReembed(Protocol):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Coroutine[Any, Any, Quote]: ...
 
     @overload
@@ -245,4 +249,5 @@ class AsyncReembed(Protocol):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Coroutine[Any, Any, Reembedding]: ...

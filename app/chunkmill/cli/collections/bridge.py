@@ -176,7 +176,7 @@ def as_document(one: Bridge) -> dict[str, Any]:
 def show_quote(screen: Screen, quote: BridgeQuote) -> None:
     screen.table(
         ["model of the queries", "queries", "texts", "texts to embed", "tokens", "USD"],
-        [(quote.name, quote.queries, quote.texts, quote.to_embed, f"{quote.tokens:,}", in_dollars(quote.usd))],
+        [(quote.name, quote.queries, quote.texts, quote.to_embed, f"about {quote.tokens:,}", in_dollars(quote.usd))],
     )
     screen.say("Nothing was sent. Without --dry-run the bridge is learnt.")
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from chunkmill.cli import lacks
+from chunkmill.cli.arguments import usd_option
 from chunkmill.cli.late import Client, Gates
 from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.cli.paid.costs import budget_fields, lane_row, show_budget
@@ -160,6 +161,12 @@ def reembed() -> None:
     "--keep-days", type=float, default=KEEP_DAYS, show_default=True, help="How many days a rollback stays possible."
 )
 @click.option(
+    "--max-usd",
+    metavar="USD",
+    callback=usd_option,
+    help="Begin nothing if a paid route would cost more than this, by the estimate of --dry-run.",
+)
+@click.option(
     "--wait", is_flag=True, help="Show the progress until the flip (exit code 0), or until somebody has to act (3)."
 )
 @_gate_options
@@ -173,6 +180,7 @@ def start(
     *,
     dry_run: bool,
     wait: bool,
+    max_usd: Decimal | None,
     ramp: tuple[int, ...] | None,
     **given: Any,
 ) -> None:
@@ -188,7 +196,7 @@ def start(
             show_quote(screen, quote)
             return
         before = {one.id for one in client.reembeddings(collection, limit=1)}
-        begun = client.reembed(collection, to=model, gates=gates, ramp=shares, **asked)
+        begun = client.reembed(collection, to=model, gates=gates, ramp=shares, max_usd=max_usd, **asked)
         if begun.id in before:
             screen.hint(f"It is under way since {_time(begun.created_at)}, and nothing else was begun.")
         if wait:

@@ -1089,6 +1089,7 @@ class AsyncVerbs(RunningCalls):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Quote: ...
 
     @overload
@@ -1107,6 +1108,7 @@ class AsyncVerbs(RunningCalls):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Reembedding: ...
 
     async def reembed(
@@ -1124,6 +1126,7 @@ class AsyncVerbs(RunningCalls):
         keep_days: float = KEEP_DAYS,
         priority: Priority | str = Priority.LOW,
         route: Route | str = Route.AUTO,
+        max_usd: Decimal | int | str | None = None,
     ) -> Quote | Reembedding:
         """Begin to move a collection to the model ``to``, or with ``dry_run`` say what that would take.
 
@@ -1135,7 +1138,8 @@ class AsyncVerbs(RunningCalls):
 
         ``on_long``, ``dimensions``, ``precision`` and ``route`` are as in :meth:`enqueue`. A ramp whose last share is
         not 100 stays there until somebody calls :meth:`flip` or :meth:`cancel_reembedding`, and an empty one flips as
-        soon as the gates are passed.
+        soon as the gates are passed. Nothing is begun if a paid route would cost more than ``max_usd``, by the estimate
+        of ``dry_run``; what is enqueued afterwards costs more.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if another re-embedding of the collection is under way or it is
         in the space already, :class:`UnknownModel`, :class:`UnknownRoute`, and :class:`BudgetExceeded`.
@@ -1154,6 +1158,7 @@ class AsyncVerbs(RunningCalls):
             keep_days=keep_days,
             priority=priority,
             route=route,
+            max_usd=max_usd,
         )
 
     async def reembedding(self, which: int | str) -> Reembedding:

@@ -67,6 +67,7 @@ BEGIN: Schema = {
         "keep_days": {"type": "number", "minimum": 0, "default": KEEP_DAYS},
         "priority": {"enum": [word.value for word in Priority], "default": Priority.LOW.value},
         "route": {"enum": [word.value for word in Route], "default": Route.AUTO.value},
+        "max_usd": {"type": ["string", "null"], "description": "The most US dollars that it may cost."},
     },
     "required": ["to"],
     "additionalProperties": False,
