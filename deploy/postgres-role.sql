@@ -1,6 +1,6 @@
 -- Postgres roles for Chunkmill, one for each purpose. Run this file as a superuser (or as the database's owner with
--- CREATEROLE), in Chunkmill's database, before the first `chunkmill migrate` and again after each. It is always safe to
--- run it again:
+-- CREATEROLE, always the same one), in Chunkmill's database, before the first `chunkmill migrate` and again after each.
+-- It is always safe to run it again:
 --
 --   psql "$ADMIN_URL" -v ON_ERROR_STOP=1 --single-transaction -f deploy/postgres-role.sql
 --   \password chunkmill_migrator
@@ -51,6 +51,10 @@ BEGIN
         GRANT chunkmill_producers, chunkmill_workers, chunkmill_pollers TO chunkmill_runtime;
     END IF;
     GRANT chunkmill_producers TO chunkmill_gateways;
+    -- Whoever is no superuser gives away only to a role that he is a member of.
+    IF NOT current_setting('is_superuser')::boolean AND current_user <> 'chunkmill_migrator' THEN
+        EXECUTE format('GRANT chunkmill_migrator TO %I', current_user);
+    END IF;
     EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
     -- TEMPORARY is needed because an enqueue stages its window in a temporary table, and a worker its vectors.
     EXECUTE format(

@@ -227,10 +227,11 @@ install_environment() {
         return
     fi
     for name in DATABASE_URL REDIS_URL; do
-        grep -q "^$name=." "$1" || die "the environment has no $name: it takes lines as in chunkmill.env.example"
+        grep "^$name=." "$1" | grep -qv ':PASSWORD@' ||
+            die "the environment has no $name; see chunkmill.env.example"
     done
     if ! grep -q '^EMBEDDING_DEVICE=' "$1"; then
-        # Not auto: a worker that finds no GPU must say so and not use the CPU. The last line may lack its newline.
+        # Not auto: a worker that finds no GPU must say so, not use the CPU. The last line may lack a newline.
         printf '\nEMBEDDING_DEVICE=%s\n' "$CHUNKMILL_DEVICE" >> "$1"
     fi
     put 0600 "$ENV_FILE" < "$1"

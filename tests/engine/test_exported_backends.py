@@ -399,6 +399,7 @@ def test_neither_library_tells_its_makers(
     assert [file.name for file in cache.iterdir()] == ["chunkmill"]
 
 
+@pytest.mark.slow  # the others make and check such exports without a command
 @openvino_alone
 def test_the_command_says_what_it_made(
     target: Target, minilm_folder: Callable[[Target], ModelFolder], cache_folder: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -426,12 +427,41 @@ def test_the_command_creates_lists_and_revokes(two: Two) -> None:
     until(lambda: two.embed(plain["key"]).status_code == 401)
     again = CliRunner().invoke(cli, ["keys", "revoke", str(plain["id"])], env=env)
     assert again.exit_code == 1
-    assert f"no key {plain['id']}" in again.stderr
+    assert f"key {plain['id']} was revoked before" in again.stderr
+    never = CliRunner().invoke(cli, ["keys", "revoke", "999"], env=env)
+    assert (never.exit_code, "there is no key 999" in never.stderr) == (1, True)
+
+
+def test_a_new_key_that_sees_what_others_have_says_so(settings: Settings) -> None:
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+
+    def create(*arguments: str) -> str:
+        made = CliRunner().invoke(cli, ["keys", "create", *arguments], env=env)
+        assert made.exit_code == 0, made.output
+        return " ".join(made.stderr.split())
+
+    assert "Its tenant is" not in create("ours", "--collection", "docs")
+    assert "may use all collections" not in create("others", "--collection", "docs")
+    same = create("ours")
+    assert "Its tenant is 'ours', like that of key 1, so they see each other's files and batches." in same
+    assert "It may use all collections, with their jobs." in same
+    assert "Its tenant is" not in create("ours", "--tenant", "ours")  # it was asked for
+    CliRunner().invoke(cli, ["keys", "revoke", "1"], env=env)
+    assert "like that of keys 3, 4," in create("ours")
+
+
+@pytest.mark.parametrize("given", ["2099-01-01", "2099-01-01T12:30"])
+def test_the_time_with_its_zone_that_is_advised_is_accepted(settings: Settings, given: str) -> None:
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    refused = CliRunner().invoke(cli, ["keys", "create", "x", "--expires", given], env=env)
+    advised = re.search(r"Write (\S+) for UTC", refused.stderr)
+    assert advised is not None, refused.output
+    assert CliRunner().invoke(cli, ["keys", "create", "x", "--expires", advised[1]], env=env).exit_code == 0
 
 
 @pytest.mark.parametrize("given", ["yesterday", "2020-01-01T00:00Z", "2099-01-01T00:00"])
 def test_an_end_that_is_no_time_to_come_is_refused(settings: Settings, given: str) -> None:
-    env = {"DATABASE_URL": settings.require_database_url()}
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
     result = CliRunner().invoke(cli, ["keys", "create", "x", "--expires", given], env=env)
     assert result.exit_code == 1
     assert "--expires" in result.stderr

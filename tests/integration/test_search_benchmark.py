@@ -28,6 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return search.run(rounds=2, quick=True, say=lambda _: None, sizes=SIZES)
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_all_that_is_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from chunkmill_workers.benchmarks import plots  # Matplotlib, whose import takes most of a second
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         read_redis,
         read_spaces,
         read_status,
+        refused_message,
         shares_sessions,
     )
     from chunkmill.monitor.snapshot import Fault, unconfirmed_line
@@ -134,6 +135,7 @@ else:
     read_redis = _Late("chunkmill.monitor.servers", "read_redis")
     read_spaces = _Late("chunkmill.monitor.servers", "read_spaces")
     read_status = _Late("chunkmill.monitor.servers", "read_status")
+    refused_message = _Late("chunkmill.monitor.servers", "refused_message")
     shares_sessions = _Late("chunkmill.monitor.servers", "shares_sessions")
     Fault = _Late("chunkmill.monitor.snapshot", "Fault")
     unconfirmed_line = _Late("chunkmill.monitor.snapshot", "unconfirmed_line")
@@ -205,6 +207,7 @@ __all__ = [
     "read_redis",
     "read_spaces",
     "read_status",
+    "refused_message",
     "redis",
     "redis_tls",
     "registry",

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from chunkmill.db import home
 from chunkmill.db.compatibility import SchemaLevel, why_not
 from chunkmill.db.requirements import encoding_problem, pgvector_problem, version_problem
+from chunkmill.domain.reasons import DOCTOR_SHOWS_MORE
 from chunkmill.errors import StoreLimit, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -408,7 +409,7 @@ def unreachable_message(url: str, error: Exception) -> str:
     """What to say if Postgres at ``url`` cannot be reached. It does not contain the password."""
     return (
         f"cannot connect to Postgres at {_address(url)}: {refusal(error)}. "
-        "Check DATABASE_URL, and that the server is up. `chunkmill doctor` shows more."
+        f"Check DATABASE_URL, and that the server is up.{DOCTOR_SHOWS_MORE}"
     )
 
 

@@ -27,6 +27,18 @@ def printable(said: str) -> str:
     return said.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
+DOCTOR_SHOWS_MORE = " `chunkmill doctor` shows more."
+"""The end of a message about a server, which `doctor` itself leaves out."""
+
+
+_OF_SHARED_SESSIONS = ("26000", "42P05")
+"""A prepared statement is not there, or is there already: another connection has the session that had it."""
+_POOLER = (
+    " It seems that a pooler before Postgres gives each transaction another session: let DATABASE_URL name Postgres "
+    "itself, or set pool_mode = session in PgBouncer."
+)
+
+
 def reason_of(error: BaseException) -> str:
     """What may be told of an error: the whole message if it is ours, else its class and what surely quotes no text.
 
@@ -41,7 +53,8 @@ def reason_of(error: BaseException) -> str:
         lines = str(driver).strip().splitlines()
         if (driver.sqlstate or "22").startswith("22") and type(driver).__name__ != "OperationalError":
             return f"{type(driver).__name__} ({driver.sqlstate or 'before it was sent'})"
-        return storable(f"{type(driver).__name__}: {lines[0]}" if lines else type(driver).__name__)
+        said = f"{type(driver).__name__}: {lines[0]}" if lines else type(driver).__name__
+        return storable(f"{said}.{_POOLER}" if driver.sqlstate in _OF_SHARED_SESSIONS else said)
     if isinstance(error, OSError) and error.errno in errno.errorcode:
         named = f": {error.filename!r}" if error.filename is not None else ""
         return storable(f"{name}: {error.strerror}{named}")

@@ -14,7 +14,8 @@ class Caller:
     """The owner of the key that a request came with.
 
     ``key_id`` is None for the key that a gateway on loopback generated for itself. Without ``models`` or
-    ``collections`` the caller may use all of them. Callers of one ``tenant`` see each other's files, batches and jobs.
+    ``collections`` the caller may use all of them. Callers of one ``tenant`` see each other's files and batches; jobs
+    are seen by whoever may use their collections.
     """
 
     key_id: int | None

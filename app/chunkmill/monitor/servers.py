@@ -15,8 +15,10 @@ from chunkmill.db.connect import (
     Connections,
     connections,
     create_db,
+    refusal,
     schema_level,
     server_encoding,
+    sqlstate,
     unreachable_message,
 )
 from chunkmill.errors import StoreUnavailable
@@ -77,6 +79,8 @@ class RedisServer:
     """As in :class:`Database`."""
     kind: str = "redis"
     """``redis`` or ``valkey``."""
+    refused_channels: str | None = None
+    """What the server said if the user may not subscribe to the channels of Celery's events and questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ def read_status(settings: Settings) -> Status:
         database_error = str(error)
     except sa.exc.DBAPIError as error:
         database = None
-        database_error = str(error.orig).splitlines()[0]
+        database_error = refused_message(error)
     from redis import RedisError
 
     broker = Broker.connect(settings)
@@ -132,6 +136,14 @@ def read_database(settings: Settings) -> Database:
     """Raises :class:`StoreUnavailable` if Postgres cannot be reached."""
     with _connected(settings) as conn:
         return _database(conn)
+
+
+def refused_message(error: sa.exc.DBAPIError) -> str:
+    """What to say if Postgres answers and refuses to say what is asked here."""
+    said = refusal(error)
+    if sqlstate(error) != "42501":
+        return said
+    return f"{said}. This login may not read that: use the login of a producer, a worker or a poller."
 
 
 def shares_sessions(settings: Settings) -> bool:
@@ -263,7 +275,23 @@ def _redis(client: redis.Redis) -> RedisServer:
         appendonly=_config(client, "appendonly"),
         clock_ahead=ahead,
         kind=kind,
+        refused_channels=_refused_channels(client),
     )
+
+
+def _refused_channels(client: redis.Redis) -> str | None:
+    """Their names have the number of the database in them, as kombu builds them."""
+    from redis.exceptions import NoPermissionError
+
+    number = client.connection_pool.connection_kwargs.get("db") or 0
+    with client.pubsub() as channels:  # type: ignore[no-untyped-call]
+        try:
+            channels.psubscribe(f"/{number}.celeryev/*", f"/{number}.celery.pidbox")
+            for _ in range(2):
+                channels.get_message(timeout=5)
+        except NoPermissionError as error:
+            return str(error)
+    return None
 
 
 def _config(client: redis.Redis, name: str) -> str | None:

@@ -570,9 +570,10 @@ def test_a_gpu_that_cannot_be_used_stops_it(machine: Machine, nvidia_smi: str, m
     assert machine.env_file.read_text().endswith("\nEMBEDDING_DEVICE=cpu\n")
 
 
-def test_an_environment_that_lacks_an_address_is_refused(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["", "rediss://chunkmill:PASSWORD@redis.internal:6379/0"])
+def test_an_environment_that_lacks_an_address_is_refused(machine: Machine, tmp_path: Path, address: str) -> None:
     given = tmp_path / "mine.env"
-    given.write_text(ENVIRONMENT.replace("REDIS_URL=redis://redis/0", "REDIS_URL="))
+    given.write_text(ENVIRONMENT.replace("REDIS_URL=redis://redis/0", f"REDIS_URL={address}"))
     done = machine.run("plain.sh", CHUNKMILL_ENV=str(given), **FIRST)
     assert (done.returncode, "the environment has no REDIS_URL" in done.stderr) == (1, True)
     assert not machine.env_file.exists()

@@ -81,7 +81,7 @@ def gateway(screen: Screen, host: str, port: int, tls_cert: Path | None, tls_key
         if screen.json:
             screen.line({"url": url, "key": None if own is None else own.key})
         elif own is not None:
-            screen.hint(f"No key has been created, so this one counts until the gateway ends: {own.key}")
+            screen.hint(f"There is no valid key, so this one counts until the gateway ends: {own.key}")
             screen.hint(f"Open {url}/?key={own.key}")
         else:
             screen.hint(f"The gateway answers at {url}")
@@ -114,4 +114,10 @@ def _metrics(settings: Settings) -> Iterator[None]:
 def _has_keys(db: sa.Engine) -> bool:
     with db.begin() as conn:
         require_at_least(conn, "0019")
+        may = "SELECT has_table_privilege('api_keys', 'SELECT')"
+        if not conn.execute(sa.text(may)).scalar_one():
+            raise InvalidInput(
+                "the login in DATABASE_URL may not read the keys that a gateway checks. Put it into the group "
+                "chunkmill_gateways (deploy/postgres-role.sql)."
+            )
         return keys.any_live(conn)

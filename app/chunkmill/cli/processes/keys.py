@@ -48,7 +48,7 @@ def keys() -> None:
 @click.option("--collection", "collections", multiple=True, help="A collection that it may see.  [default: all]")
 @click.option(
     "--tenant",
-    help="Whose files, batches and jobs the key sees: those of all keys of one tenant.  [default: the key's name]",
+    help="Whose files and batches the key sees: those of all keys of one tenant.  [default: the key's name]",
 )
 @click.option("--requests-per-minute", type=click.IntRange(1, 2**31 - 1), help="Maximum number at each gateway.")
 @click.option("--tokens-per-minute", type=click.IntRange(1, 2**62), help="Maximum number at each gateway.")
@@ -87,11 +87,13 @@ def create(
     limits = KeyLimits(requests_per_minute, tokens_per_minute, parallel, tokens_per_month, _dollars(usd_per_month))
     expires_at = None if expires is None else _moment(expires, datetime.now(UTC))
     wanted = [Scope(scope) for scope in scopes] or list(USUAL_SCOPES)
+    owner = name if tenant is None else tenant
     with _database() as conn:
+        listed = stored.list_all(conn)
         key_id, key = stored.create(
             conn,
             name=name,
-            tenant=name if tenant is None else tenant,
+            tenant=owner,
             scopes=set(wanted),
             models=models or None,
             collections=collections or None,
@@ -103,6 +105,18 @@ def create(
         return
     screen.text(key)
     screen.hint(f"This is key {key_id}, and it is not shown again. Callers send it as 'Authorization: Bearer KEY'.")
+    now = datetime.now(UTC)
+    beside = [str(one.id) for one, _ in listed if one.tenant == owner and one.state(now) == "live"]
+    if tenant is None and beside:
+        keys_beside = f"key{'s' if len(beside) > 1 else ''} {', '.join(beside)}"
+        screen.hint(
+            f"Its tenant is {owner!r}, like that of {keys_beside}, so they see each other's files and batches. "
+            "--tenant names another one."
+        )
+    if not collections:
+        screen.hint(
+            "It may use all collections, with their jobs. With --collection it may use only those that you name."
+        )
 
 
 @keys.command("list")
@@ -135,7 +149,9 @@ def revoke(screen: Screen, key_id: int) -> None:
     """Revoke a key. Every gateway refuses it at once, or within ten seconds if a pooler keeps notifications back."""
     with _database() as conn:
         if not stored.revoke(conn, key_id):
-            raise NotFound(f"there is no key {key_id} that could be revoked. `chunkmill keys list` shows all keys.")
+            if any(one.id == key_id for one, _ in stored.list_all(conn)):
+                raise NotFound(f"key {key_id} was revoked before. `chunkmill keys list` shows all keys.")
+            raise NotFound(f"there is no key {key_id}. `chunkmill keys list` shows all keys.")
         is_last = not stored.any_live(conn)
     if screen.json:
         screen.document({"id": key_id, "is_last": is_last})
@@ -196,7 +212,8 @@ def _moment(given: str, now: datetime) -> datetime:
             f"--expires is {given[:40]!r}; it must be days such as 90d, or a time with its zone."
         ) from None
     if moment.tzinfo is None:
-        raise InvalidInput(f"--expires is {given[:40]!r}, which has no zone. Write {given[:40]}Z for UTC.")
+        in_utc = moment.isoformat(timespec="minutes")
+        raise InvalidInput(f"--expires is {given[:40]!r}, which has no zone. Write {in_utc}Z for UTC.")
     if moment <= now:
         raise InvalidInput(f"--expires is {given[:40]!r}, which is over.")
     return moment

@@ -34,6 +34,7 @@ from chunkmill.cli.late import (
     read_redis,
     redis,
     redis_tls,
+    refused_message,
     sa,
     shares_sessions,
     version_problem,
@@ -41,6 +42,7 @@ from chunkmill.cli.late import (
 from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option
 from chunkmill.domain.fixes import FIXES
 from chunkmill.domain.providers import CL100K
+from chunkmill.domain.reasons import DOCTOR_SHOWS_MORE
 from chunkmill.errors import ChunkmillError, InvalidSetting, UnknownModel, install_command
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
@@ -197,9 +199,9 @@ def server_checks() -> Iterator[Check]:
         yield from database_checks(read_database(settings))
         yield session_check(shares_sessions(settings))
     except ChunkmillError as error:
-        yield Check("Postgres", "fail", "cannot be reached", str(error))
+        yield Check("Postgres", "fail", "cannot be used", str(error).removesuffix(DOCTOR_SHOWS_MORE))
     except sa.exc.DBAPIError as error:
-        yield Check("Postgres", "fail", "refuses to answer", str(error.orig).splitlines()[0])
+        yield Check("Postgres", "fail", "refuses to answer", refused_message(error))
     yield from _redis_checks_of(settings, is_embedded=environment.is_embedded)
     yield from tls_checks(settings, os.environ)
 
@@ -354,6 +356,12 @@ def redis_checks(server: RedisServer, *, is_embedded: bool = False) -> Iterator[
         )
     else:
         yield Check("Redis AOF", "ok", "on" if server.appendonly == "yes" else "hidden by the server")
+    if server.refused_channels is not None:
+        advice = (
+            "Workers cannot be reached through it. The channels have the database's number in their names: put it "
+            "into the rules of the ACL file (deploy/redis-acl.conf)."
+        )
+        yield Check("Redis channels", "fail", server.refused_channels, advice)
     yield clock_check("Redis clock", server.clock_ahead)
 
 
@@ -374,9 +382,19 @@ def _redis_checks_of(settings: Settings, *, is_embedded: bool) -> Iterator[Check
     try:
         server = read_redis(settings)
     except (redis.RedisError, OSError) as error:
-        yield Check("Redis", "fail", "cannot be reached", f"{error}. Check REDIS_URL, and that the server runs.")
+        yield Check("Redis", "fail", *_why_no_redis(error))
     else:
         yield from redis_checks(server, is_embedded=is_embedded)
+
+
+def _why_no_redis(error: Exception) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    said = str(error).rstrip(".")
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return "answers less than doctor asks", f"{said}. Use the user of workers and producers, and not Flower's."
+    if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.ResponseError):
+        return "refuses the login", f"{said}. Check the user and the password in REDIS_URL."
+    return "cannot be reached", f"{said}. Check REDIS_URL, and that the server runs."
 
 
 def _pgvector_check(database: Database) -> Check:

@@ -62,6 +62,15 @@ def test_the_message_of_an_error_that_may_quote_a_text_is_left_out(error: Except
         (psycopg.OperationalError("connection refused"), "OperationalError: connection refused", "worker_error"),
         (redis.ConnectionError("Error 111 connecting"), "ConnectionError: Error 111 connecting", "worker_error"),
         (RuntimeError(), "RuntimeError", "worker_error"),
+        (
+            psycopg.errors.DuplicatePreparedStatement('prepared statement "_pg3_0" already exists'),
+            (
+                'DuplicatePreparedStatement: prepared statement "_pg3_0" already exists. It seems that a pooler before '
+                "Postgres gives each transaction another session: let DATABASE_URL name Postgres itself, or set "
+                "pool_mode = session in PgBouncer."
+            ),
+            "worker_error",
+        ),
     ],
 )  # fmt: skip
 def test_what_surely_quotes_no_text_is_told(error: Exception, said: str, code: str) -> None:

@@ -91,6 +91,7 @@ def test_a_database_with_one_thing_wrong(change: dict[str, object], name: str, s
         (RedisServer("9.0.0", "noeviction", "yes", 0.0, "valkey"), {}),
         (RedisServer("6.0.16", "noeviction", "yes", 0.0), {"Redis": "fail"}),
         (RedisServer("8.0.4", "allkeys-lru", "no", 0.0), {"Redis eviction": "fail", "Redis AOF": "warn"}),
+        (RedisServer("8.10.0", "noeviction", "yes", 0.0, refused_channels="no"), {"Redis channels": "fail"}),
         (RedisServer("7.4.6", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
     ],
 )
