@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -80,7 +80,8 @@ class RedisServer:
     kind: str = "redis"
     """``redis`` or ``valkey``."""
     refused_channels: str | None = None
-    """What the server said if the user may not subscribe to the channels of Celery's events and questions."""
+    """What the server said if the user may not subscribe to the channels of Celery's events and questions. Only
+    :func:`read_redis` asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def read_redis(settings: Settings) -> RedisServer:
     """Raises ``redis.RedisError`` or ``OSError`` if Redis cannot be reached."""
     broker = Broker.connect(settings)
     try:
-        return _redis(broker.client)
+        return replace(_redis(broker.client), refused_channels=_refused_channels(broker.client))
     finally:
         broker.close()
 
@@ -275,7 +276,6 @@ def _redis(client: redis.Redis) -> RedisServer:
         appendonly=_config(client, "appendonly"),
         clock_ahead=ahead,
         kind=kind,
-        refused_channels=_refused_channels(client),
     )
 
 
