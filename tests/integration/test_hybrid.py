@@ -546,7 +546,7 @@ def test_golden_queries_switch_the_mix_on_only_if_it_wins_and_searches_follow(
     assert client.search("secretword7", collection="docs", k=1, hybrid=False, timeout=PATIENCE)[0].mixed is None
     assert client.search("secretword7", collection="others", k=1, timeout=PATIENCE)[0].mixed is None
     assert client.golden("others").clear() == 60
-    with pytest.raises(InvalidInput, match=r"'others' has no golden queries.*from_titles"):
+    with pytest.raises(InvalidInput, match=r"'others' has no golden queries.*golden titles COLLECTION"):
         client.tune_search("others")
     assert len(client.golden("docs").list()) == 60
     client.drop_keywords("docs")

@@ -325,8 +325,12 @@ def test_a_session_that_a_limit_ends_is_no_outage(db: sa.Engine) -> None:
 
     def work(conn: sa.Connection) -> None:
         tries.append(conn)
-        conn.execute(sa.text("SET LOCAL transaction_timeout = '50ms'"))
-        conn.execute(sa.text("SELECT pg_sleep(600)"))
+        # In one statement: between two, the session would be idle when it ends, which is told as an outage is.
+        sleep = """
+            WITH set AS MATERIALIZED (SELECT set_config('transaction_timeout', '50ms', true) AS limited)
+            SELECT pg_sleep(600) FROM set WHERE limited <> ''
+        """
+        conn.execute(sa.text(sleep))
 
     with pytest.raises(StoreLimit, match=r"sleeper: Postgres ended it: .*transaction_timeout of this role"):
         transact(db, work, what="sleeper")
