@@ -42,6 +42,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of the tokenizers
 os.environ.setdefault("PYTEST_TIMEOUT", str(4 * PATIENCE))  # for pytest-timeout: a test that hangs fails
 os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
+os.environ["CHUNKMILL_OUTPUT"] = "table"  # what people see; tests of pipes say otherwise
 os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
 with contextlib.suppress(ImportError):  # where only the GPU's tests are to run, it is not installed

@@ -88,7 +88,7 @@ def shown(filled: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     init = Screen.__init__
 
     def on_a_terminal(columns: int, command: str) -> str:
-        def made(screen: Screen, *, as_json: bool) -> None:
+        def made(screen: Screen, *, as_json: bool, json_in_pipes: bool) -> None:
             init(screen, as_json=as_json)
             plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "color_system": None}
             screen.out = Console(width=columns, force_terminal=True, **plain)
@@ -129,11 +129,27 @@ def is_json(output: str) -> bool:
     return True
 
 
-def test_a_pipe_gets_json_from_every_command_that_is_asked_for_it(filled: None) -> None:
+def test_a_pipe_gets_json_from_every_command_unless_it_is_to_get_tables(filled: None) -> None:
     wrong = {}
     for command in SCREENS:
         given = [*command.split(), *SCREENS[command].split()]
-        asked = CliRunner().invoke(cli, [*given, "--json"]).stdout
-        if not is_json(asked):
-            wrong[command] = asked[:200]
+        told = [
+            CliRunner().invoke(cli, [*given, *asked], env={"CHUNKMILL_OUTPUT": output}).stdout
+            for asked, output in ((["--json"], "table"), ([], "auto"), ([], ""), ([], "table"))
+        ]
+        if not all(map(is_json, told[:3])) or told[3] in told[:3]:
+            wrong[command] = [one[:200] for one in told]
     assert wrong == {}
+
+
+def test_errors_and_hints_are_for_people_unless_json_is_asked_for(filled: None) -> None:
+    pipe = {"CHUNKMILL_OUTPUT": "auto"}
+    refused = CliRunner().invoke(cli, ["job", "999999"], env=pipe)
+    assert (refused.stdout, refused.stderr.startswith("error: ")) == ("", True)
+    asked = CliRunner().invoke(cli, ["job", "999999", "--json"], env=pipe)
+    assert json.loads(asked.stderr)["error"] == "not_found"
+
+
+def test_an_unknown_output_is_refused() -> None:
+    refused = CliRunner().invoke(cli, ["jobs"], env={"CHUNKMILL_OUTPUT": "yaml"})
+    assert (refused.exit_code, "CHUNKMILL_OUTPUT is 'yaml'" in refused.stderr) == (2, True)

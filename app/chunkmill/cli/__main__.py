@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import sys
 from types import TracebackType
 from typing import Any
@@ -102,7 +103,12 @@ class Cli(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # This is read here and not by the command's own option, so that a usage error of the command is JSON too.
         as_json = "--json" in itertools.takewhile(lambda arg: arg != "--", args)
-        ctx.obj = Screen(as_json=as_json)
+        chosen = os.environ.get("CHUNKMILL_OUTPUT") or "auto"
+        if chosen not in ("auto", "table"):
+            raise click.UsageError(
+                f"CHUNKMILL_OUTPUT is {shown(chosen)!r}; it must be auto, or table for tables also in a pipe."
+            )
+        ctx.obj = Screen(as_json=as_json, json_in_pipes=chosen == "auto")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -113,7 +119,7 @@ class Cli(click.Group):
             screen.hint("interrupted")
             ctx.exit(130)
         except click.UsageError as error:
-            if not screen.json:
+            if not screen.asked_json:
                 if isinstance(error, NO_ARGUMENTS):
                     raise  # its message is the help of a command that has commands below it
                 # It quotes what was typed, or pasted.

@@ -263,7 +263,7 @@ def _check_replaced(screen: Screen, there: _Destination, *, replace: bool, yes: 
         )
     if yes:
         return
-    if screen.json or not sys.stdin.isatty():
+    if screen.asked_json or not sys.stdin.isatty():
         raise InvalidInput(
             "restore --replace asks before it deletes, and stdin is not a terminal: pass --yes to do it without asking."
         )

@@ -35,7 +35,7 @@ STATE_STYLES = {
     "failed": "red", "down": "red", "fail": "red", "unreachable": "red",
 }  # fmt: skip
 
-json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON.")
+json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON, as into a pipe.")
 """Every command accepts it. `chunkmill.cli.__main__` reads it before it looks the command up."""
 
 
@@ -49,16 +49,21 @@ class Group(click.Group):
 
 
 class Screen:
-    """Writes results to stdout, and errors, hints and progress to stderr. ``json`` makes results and errors JSON."""
+    """Writes results to stdout, and errors, hints and progress to stderr.
 
-    def __init__(self, *, as_json: bool) -> None:
-        self.json = as_json
+    ``json`` makes results JSON. It is so with ``--json``, and also in a pipe if that takes ``json_in_pipes``.
+    ``asked_json``, which is ``--json``, makes errors JSON too and leaves hints out.
+    """
+
+    def __init__(self, *, as_json: bool, json_in_pipes: bool = False) -> None:
+        self.asked_json = as_json
         # Chunk ids and texts are printed as they are, so nothing in them may be read as markup.
         plain = {"highlight": False, "markup": False, "emoji": False}
         self.out = Console(**plain)  # type: ignore[arg-type]
         if not self.out.is_terminal:
             self.out = Console(width=PIPE_WIDTH, **plain)  # type: ignore[arg-type]
         self.err = Console(stderr=True, **plain)  # type: ignore[arg-type]
+        self.json = as_json or (json_in_pipes and not self.out.is_terminal)
 
     def document(self, data: object) -> None:
         """Print one JSON document."""
@@ -69,7 +74,7 @@ class Screen:
         click.echo(self._json(data))
 
     def say(self, *parts: str | tuple[str, str], indent: int = 0) -> None:
-        """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed.
+        """Print one line of text parts, some of which have a style. Nothing is printed if results are JSON.
 
         If a terminal is too narrow for the line, it continues ``indent`` columns from the left.
         """
@@ -77,18 +82,18 @@ class Screen:
             _print_words(self.out, line_of(*parts), indent)
 
     def text(self, text: str) -> None:
-        """Print a text that may have lines. With ``--json`` nothing is printed."""
+        """Print a text that may have lines. Nothing is printed if results are JSON."""
         if not self.json:
             self.out.print(Text(shown(text, lines=True)), soft_wrap=True)
 
     def hint(self, message: str) -> None:
         """Print one line on stderr about what to do next. With ``--json`` nothing is printed."""
-        if not self.json:
+        if not self.asked_json:
             _print_words(self.err, Text(shown(message), style="yellow"))
 
     def error(self, code: str, message: str) -> None:
         message = without_passwords(" ".join(message.split()))
-        if self.json:
+        if self.asked_json:
             click.echo(json.dumps({"error": code, "message": message}), err=True)
         else:
             _print_words(self.err, Text.assemble(("error: ", "bold red"), (shown(message), "red")))

@@ -249,7 +249,7 @@ def _require_one(ids: tuple[str, ...], where: dict[str, Any] | None, *, all_chun
 def _confirmed(
     screen: Screen, client: Client, collection: str, ids: tuple[str, ...], where: dict[str, Any] | None
 ) -> bool:
-    if screen.json or not sys.stdin.isatty():
+    if screen.asked_json or not sys.stdin.isatty():
         raise InvalidInput(
             "delete asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
         )

@@ -22,15 +22,15 @@ from chunkmill.errors import InvalidInput, NotFound
 def collections(context: click.Context, exact: bool) -> None:
     """List the collections, with what is in them and how they are served.
 
-    A number with ~ is estimated from a sample; --exact counts. On a terminal this is a table, and in a pipe
-    it is JSON. Every command takes an alias in place of a collection's name.
+    A number with ~ is estimated from a sample; --exact counts. Every command takes an alias in place of a
+    collection's name.
     """
     if context.invoked_subcommand is not None:
         return
     screen: Screen = context.obj
     with Client.from_env() as client:
         infos = client.collections(exact=exact)
-    if screen.json or not screen.out.is_terminal:
+    if screen.json:
         screen.document([asdict(info) for info in infos])
     elif not infos:
         screen.say("There are no collections yet. The first enqueue creates one.")
@@ -171,7 +171,7 @@ def outdated(screen: Screen, collection: str, serve: bool | None) -> None:
 
 
 def _confirmed(screen: Screen, client: Client, name: str) -> bool:
-    if screen.json or not sys.stdin.isatty():
+    if screen.asked_json or not sys.stdin.isatty():
         raise InvalidInput(
             "collections drop asks before it drops, and stdin is not a terminal: pass --yes to drop without asking."
         )

@@ -113,7 +113,7 @@ def _run(screen: Screen, act: Callable[[bool, OnProgress | None], Pruned], *, dr
         _show(screen, act(True, None))
         return
     if not yes:
-        if screen.json or not sys.stdin.isatty():
+        if screen.asked_json or not sys.stdin.isatty():
             raise InvalidInput(
                 "this command asks before it deletes, and stdin is not a terminal: pass --yes to delete at once, or "
                 "--dry-run."

@@ -220,7 +220,7 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
     """List the latest re-embeddings, of COLLECTION or of all collections."""
     with Client.from_env() as client:
         latest = client.reembeddings(collection, limit=limit)
-    if screen.json or not screen.out.is_terminal:
+    if screen.json:
         screen.document([asdict(one) for one in latest])
     elif not latest:
         screen.say("No collection was moved to another space. Begin with: chunkmill reembed start COLLECTION MODEL")
@@ -340,7 +340,7 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
     with Client.from_env() as client:
         shown = client.reembedding(which)
         if not yes and shown.dropped_at is not None:
-            if screen.json or not sys.stdin.isatty():
+            if screen.asked_json or not sys.stdin.isatty():
                 raise InvalidInput(
                     "reembed finish asks before it drops a space, and stdin is not a terminal: pass --yes to drop it "
                     "without asking."
@@ -377,7 +377,7 @@ def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
 
 def show_quote(screen: Screen, quote: Quote) -> None:
     """Print what a re-embedding would take."""
-    if screen.json or not screen.out.is_terminal:
+    if screen.json:
         chosen = {"tokens": quote.tokens, "usd": quote.usd, "hours": quote.hours}
         screen.document(asdict(quote) | chosen | {"budget": budget_fields(quote.budget)})
         return
@@ -403,7 +403,7 @@ def show_quote(screen: Screen, quote: Quote) -> None:
 
 
 def _show(screen: Screen, shown: Reembedding) -> None:
-    if screen.json or not screen.out.is_terminal:
+    if screen.json:
         screen.document(asdict(shown))
         return
     fields: dict[str, object] = {

@@ -23,7 +23,7 @@ def drop(screen: Screen, space: str, yes: bool) -> None:
     bill. `chunkmill prune` drops such spaces by itself once they have no vector.
     """
     if not yes:
-        if screen.json or not sys.stdin.isatty():
+        if screen.asked_json or not sys.stdin.isatty():
             raise InvalidInput(
                 "models drop asks before it drops, and stdin is not a terminal: pass --yes to drop without asking."
             )

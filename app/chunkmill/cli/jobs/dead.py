@@ -203,7 +203,7 @@ def _which(ids: tuple[int, ...], job_id: int | None, code: str | None) -> dict[s
 
 
 def _confirmed(screen: Screen, client: Client, which: dict[str, Any]) -> bool:
-    if screen.json or not sys.stdin.isatty():
+    if screen.asked_json or not sys.stdin.isatty():
         raise InvalidInput(
             "dead drop asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
         )

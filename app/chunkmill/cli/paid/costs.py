@@ -157,7 +157,7 @@ def correct(
         f"{usd} USD on route {route} in {moment:%Y-%m}" if month else f"{usd} USD on route {route} on {moment:%Y-%m-%d}"
     )
     if not yes:
-        if screen.json or not sys.stdin.isatty():
+        if screen.asked_json or not sys.stdin.isatty():
             raise InvalidInput("this command asks before it writes, and stdin is not a terminal: pass --yes.")
         click.confirm(f"Book {what}, because: {reason}?", abort=True, err=True)
     with Client.from_env() as client:

@@ -76,7 +76,7 @@ def abandon(screen: Screen, provider_batch_id: int, yes: bool) -> None:
 
 
 def _confirmed(screen: Screen, provider_batch_id: int) -> bool:
-    if screen.json or not sys.stdin.isatty():
+    if screen.asked_json or not sys.stdin.isatty():
         raise InvalidInput(
             "lanes abandon asks before it lets go of a ProviderBatch, and stdin is not a terminal: pass --yes to do it "
             "without asking."

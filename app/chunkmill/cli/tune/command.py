@@ -76,7 +76,6 @@ def tune(
     the exit code is 1.
     """
     require_extra("worker", "torch", "tuning")
-    screen.json = screen.json or not screen.out.is_terminal
     settings = Settings.from_env()
     chosen = Precision(precision or settings.embedding_precision)
     constraints = Constraints(
