@@ -251,7 +251,7 @@ def test_a_pipe_has_the_whole_name_in_each_line() -> None:
 
 
 def _terminal(init: Callable[..., None], columns: int) -> Callable[..., None]:
-    def made(screen: Screen, *, as_json: bool) -> None:
+    def made(screen: Screen, *, as_json: bool, json_in_pipes: bool) -> None:
         init(screen, as_json=as_json)
         plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "color_system": None}
         screen.out = Console(width=columns, force_terminal=True, **plain)

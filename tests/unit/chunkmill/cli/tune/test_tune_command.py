@@ -47,8 +47,12 @@ def orders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Mapping[str,
     return seen
 
 
+TERMINAL = {"FORCE_COLOR": "1", "COLUMNS": "400"}
+PIPE = {"CHUNKMILL_OUTPUT": "auto"}
+
+
 def tune(*arguments: str, terminal: bool = False) -> Result:
-    return CliRunner().invoke(cli, ["tune", *arguments], env={"FORCE_COLOR": "1", "COLUMNS": "400"} if terminal else {})
+    return CliRunner().invoke(cli, ["tune", *arguments], env=TERMINAL if terminal else PIPE)
 
 
 def test_the_winner_is_kept_with_all_it_rests_on(orders: list[Mapping[str, Any]]) -> None:
