@@ -438,7 +438,7 @@ def test_the_commands_do_the_same_and_ask_before_a_drop(client: Client, settings
 
     assert run("alias", "live", "docs") == (0, "'live' is an alias of 'docs'.\n")
     assert run("rename", "docs", "papers") == (0, "'docs' is now 'papers'.\n")
-    (listed,) = json.loads(run()[1])
+    (listed,) = json.loads(run("--json")[1])
     assert (listed["name"], listed["aliases"], listed["chunks"], listed["index"]["rows"]) == ("papers", ["live"], 6, 0)
     assert run("unalias", "live") == (0, "'live' is an alias no longer.\n")
     code, said = run("drop", "papers")
