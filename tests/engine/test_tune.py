@@ -56,7 +56,7 @@ def texts(tmp_path: Path) -> str:
 
 
 def tune(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, ["tune", *arguments])
+    return CliRunner().invoke(cli, ["tune", *arguments, "--json"])
 
 
 def documented(done: Result, exit_code: int = 0) -> Any:

@@ -6,8 +6,10 @@ import contextlib
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,17 @@ import pytest
 from tests.support import forks
 from tests.support.checkout import CHECKOUT
 from tests.support.waiting import PATIENCE, until
+
+
+@pytest.fixture
+def silent() -> Iterator[dict[str, str]]:
+    """An environment whose database never answers, so that a poller waits for it and does not end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        yield os.environ | {
+            "DATABASE_URL": f"postgresql://u@127.0.0.1:{port}/silent",
+            "REDIS_URL": "redis://127.0.0.1:1",
+        }
 
 
 @pytest.mark.parametrize("arguments", [["chunkmill.cli", "sarch"], ["chunkmill.cli", "jobs", "--latest", "many"]])
@@ -27,23 +40,23 @@ def test_it_writes_and_ends_as_the_program_does(arguments: list[str]) -> None:
     assert fork.returncode == 2
 
 
-def test_it_has_its_own_environment_and_folder(tmp_path: Path) -> None:
+def test_it_has_its_own_environment_and_folder(tmp_path: Path, silent: dict[str, str]) -> None:
     env = os.environ | {"DATABASE_URL": "postgresql://u@127.0.0.1:1/of_its_own", "REDIS_URL": "redis://127.0.0.1:1"}
     said = forks.run(["chunkmill.cli", "status"], env=env, cwd=tmp_path)
     assert "127.0.0.1:1/of_its_own" in said.stdout, said
     with (tmp_path / "log").open("wb") as log:
-        fork = forks.start(["chunkmill.cli", "poller"], env=env, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+        fork = forks.start(["chunkmill.cli", "poller"], env=silent, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
     until(lambda: Path(f"/proc/{fork.pid}/cwd").readlink() == tmp_path)
     fork.kill()
     fork.wait(PATIENCE)
 
 
-def test_a_signal_ends_it_and_is_its_exit_code(tmp_path: Path) -> None:
-    env = os.environ | {"DATABASE_URL": "postgresql://u@127.0.0.1:1/none", "REDIS_URL": "redis://127.0.0.1:1"}
+def test_a_signal_ends_it_and_is_its_exit_code(tmp_path: Path, silent: dict[str, str]) -> None:
     with (tmp_path / "log").open("wb") as log:
         first, second = (
-            forks.start(["chunkmill.cli", "poller"], env=env, stdout=log, stderr=subprocess.STDOUT) for _ in range(2)
+            forks.start(["chunkmill.cli", "poller"], env=silent, stdout=log, stderr=subprocess.STDOUT) for _ in range(2)
         )
+    second.send_signal(signal.SIGSTOP)  # nor does it give up waiting
     assert isinstance(first, forks.Fork)
     assert first.poll() is None
     first.kill()
