@@ -51,7 +51,7 @@ BEGIN
         GRANT chunkmill_producers, chunkmill_workers, chunkmill_pollers TO chunkmill_runtime;
     END IF;
     GRANT chunkmill_producers TO chunkmill_gateways;
-    -- Whoever is no superuser gives away only to a role that he is a member of.
+    -- Whoever is no superuser makes a role the owner of something only as a member of that role.
     IF NOT current_setting('is_superuser')::boolean AND current_user <> 'chunkmill_migrator' THEN
         EXECUTE format('GRANT chunkmill_migrator TO %I', current_user);
     END IF;

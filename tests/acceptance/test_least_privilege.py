@@ -45,6 +45,7 @@ from tests.integration.hands import Hands
 from tests.support import reembeddings
 from tests.support.gateways import running_gateway
 from tests.support.installations import install_as_before
+from tests.support.roles import as_role, run_file
 from tests.support.served import bulk_worker, ended, jsonl, line, openai_client, start
 from tests.support.waiting import PATIENCE, until
 
@@ -181,27 +182,18 @@ def roles(stack: StackStatus) -> Iterator[dict[str, str]]:
     """Return the URL of a login for each purpose, in a database that was set up as the file says."""
     admin(stack, "CREATE DATABASE least_privilege")
     superuser = url_of(stack, "least_privilege")
-    urls = {"superuser": superuser, "migrator": url_as(superuser, "chunkmill_migrator")}
+    urls = {"superuser": superuser, "migrator": as_role(superuser, "chunkmill_migrator")}
     run_file(superuser)
     for purpose in PURPOSES:
         admin(stack, f"DROP ROLE IF EXISTS machine_{purpose}")
         admin(stack, f"CREATE ROLE machine_{purpose} LOGIN IN ROLE chunkmill_{purpose}s")
-        urls[purpose] = url_as(superuser, f"machine_{purpose}")
+        urls[purpose] = as_role(superuser, f"machine_{purpose}")
     migrate(urls["migrator"])
     run_file(superuser)
     yield urls
     admin(stack, "DROP DATABASE least_privilege WITH (FORCE)")
     for purpose in PURPOSES:
         admin(stack, f"DROP ROLE machine_{purpose}")
-
-
-def url_as(url: str, role: str) -> str:
-    return sa.make_url(url).set(username=role).render_as_string(hide_password=False)
-
-
-def run_file(url: str) -> None:
-    with psycopg.connect(url.replace("+psycopg", "")) as conn:
-        conn.execute((DEPLOY / "postgres-role.sql").read_text())
 
 
 def may(url: str, statement: str) -> bool:
@@ -598,7 +590,7 @@ def test_who_makes_keys_reads_no_digest_and_who_checks_them_makes_none(
     for purpose in ("gateway", "key_maker"):
         admin(stack, f"DROP ROLE IF EXISTS machine_{purpose}")
         admin(stack, f"CREATE ROLE machine_{purpose} LOGIN IN ROLE chunkmill_{purpose}s")
-        urls[purpose] = url_as(roles["superuser"], f"machine_{purpose}")
+        urls[purpose] = as_role(roles["superuser"], f"machine_{purpose}")
     try:
         purposes = {*PURPOSES, "gateway", "key_maker"}
         for statement, allowed in MAY_WITH_KEYS.items():
@@ -637,7 +629,7 @@ def test_a_poller_settles_what_a_key_has_spent_without_a_right_to_read_it(
 ) -> None:
     admin(stack, "DROP ROLE IF EXISTS machine_gateway")
     admin(stack, "CREATE ROLE machine_gateway LOGIN IN ROLE chunkmill_gateways")
-    gateway_db = create_db(url_as(roles["superuser"], "machine_gateway"), role="gateway")
+    gateway_db = create_db(as_role(roles["superuser"], "machine_gateway"), role="gateway")
     poller_db, owner_db = (create_db(roles[role], role=role) for role in ("poller", "superuser"))
     try:
         with owner_db.begin() as conn:
@@ -731,7 +723,7 @@ def test_the_one_role_of_earlier_versions_goes_on_working(stack: StackStatus, ro
             conn.execute("CREATE ROLE chunkmill_runtime LOGIN")
     try:
         run_file(roles["superuser"])
-        before = url_as(roles["superuser"], "chunkmill_runtime")
+        before = as_role(roles["superuser"], "chunkmill_runtime")
         for statement in ("SELECT text FROM contents", "INSERT INTO provider_lanes (route) VALUES ('openai-sync')"):
             assert may(before, statement)
         assert not may(before, "TRUNCATE chunks")
@@ -744,7 +736,7 @@ def test_the_roles_of_an_installation_in_public_work_there(stack: StackStatus) -
     """Releases before the schema `chunkmill` created their tables there, and they stay."""
     admin(stack, "CREATE DATABASE least_privilege_before")
     superuser = url_of(stack, "least_privilege_before")
-    migrator, producer = url_as(superuser, "chunkmill_migrator"), url_as(superuser, "machine_of_before")
+    migrator, producer = as_role(superuser, "chunkmill_migrator"), as_role(superuser, "machine_of_before")
     install_as_before(superuser, "0007")
     run_file(superuser)
     admin(stack, "CREATE ROLE machine_of_before LOGIN IN ROLE chunkmill_producers")

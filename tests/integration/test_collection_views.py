@@ -25,8 +25,8 @@ from chunkmill.settings import Settings
 from tests.conftest import admin, client_for, url_of
 from tests.integration.hands import Hands
 from tests.support.installations import in_schema, install_as_before
+from tests.support.roles import as_role, run_file
 
-ROLES = Path(__file__).parents[2] / "deploy" / "postgres-role.sql"
 PAGE = Path(__file__).parents[2] / "docs" / "collections.md"
 VIEWS = "chunkmill_collections"
 
@@ -280,15 +280,6 @@ def installed(stack: StackStatus, settings: Settings) -> Iterator[tuple[Settings
     admin(stack, "DROP DATABASE views_for_readers WITH (FORCE)")
     for role in ("producer", "viewer"):
         admin(stack, f"DROP ROLE views_{role}")
-
-
-def as_role(url: str, role: str) -> str:
-    return sa.make_url(url).set(username=role).render_as_string(hide_password=False)
-
-
-def run_file(url: str) -> None:
-    with psycopg.connect(url.replace("+psycopg", "")) as conn:
-        conn.execute(ROLES.read_text())
 
 
 def test_psycopg_and_an_orm_read_the_views_by_distance_under_a_role_that_reads_nothing_else(

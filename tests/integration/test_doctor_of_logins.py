@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import redis
-import sqlalchemy as sa
 from click.testing import CliRunner
 
 from chunkmill.cli.__main__ import cli
@@ -19,18 +17,9 @@ from chunkmill.db.connect import migrate
 from chunkmill.embedded import StackStatus
 from chunkmill.settings import Settings
 from tests.conftest import admin, url_of
+from tests.support.roles import as_role, run_file
 
-ROLES = Path(__file__).parents[2] / "deploy" / "postgres-role.sql"
 GROUPS = ("migrator", "producers", "workers", "pollers", "readers", "viewers", "gateways", "key_makers")
-
-
-def as_role(url: str, role: str) -> str:
-    return sa.make_url(url).set(username=role).render_as_string(hide_password=False)
-
-
-def run_file(url: str) -> None:
-    with psycopg.connect(url.replace("+psycopg", "")) as conn:
-        conn.execute(ROLES.read_text())
 
 
 @pytest.fixture
@@ -105,11 +94,10 @@ def test_a_gateway_with_the_login_of_a_producer_or_of_a_key_maker_does_not_start
 
 
 def test_a_user_whose_channels_are_those_of_another_database_is_noticed(stack: StackStatus, settings: Settings) -> None:
-    url = settings.require_redis_url()
-    number = int(url.rpartition("=")[2])
+    number, other = 7, 0  # 0 is the one of deploy/redis-acl.conf
+    url = settings.require_redis_url().rpartition("=")[0] + f"={number}"
     server = redis.Redis.from_url(url)
     rights = ["~*", "+@all", "resetchannels"]
-    other = number + 1
     try:
         for name, database in (("logins_right", number), ("logins_wrong", other)):
             channels = [f"&/{database}.celeryev/*", f"&/{database}.celery.pidbox"]

@@ -13,6 +13,7 @@ from chunkmill.cli import lacks
 from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
+from chunkmill.domain.states import Route
 from chunkmill.models import DEFAULT_MODEL
 from chunkmill.settings import Settings
 
@@ -60,6 +61,12 @@ def test_a_model_that_either_kind_serves_lacks_only_both(settings: Settings, mon
     for role in ("worker", "worker-openai"):
         with connected(settings, role):
             assert lacks.of_models("hosted") == []
+            _, *workers = lacks.of_reembedding(Route.AUTO, "hosted")  # the first is the poller
+            assert workers == []
+    with connected(settings, "worker"), connected(settings, "poller"):
+        [said] = lacks.of_reembedding(Route.OPENAI, "hosted")
+        assert "No worker for the paid routes is connected" in said
+        assert lacks.of_reembedding(Route.OPENAI, None) == lacks.of_reembedding(Route.LOCAL, "hosted") == []
 
 
 def test_a_poller_is_missing_if_none_is_connected(settings: Settings) -> None:

@@ -79,19 +79,25 @@ def require_affordable(
         return
     for spec in paid:
         budget.require_budget(conn, settings, spec)
+    require_within(usd, limit, what=what, advice=advice)
     left = budget.headroom(conn, settings)
-    if usd is None:
-        if limit is not None:
-            raise InvalidSetting("max_usd is given and a model has no price: give it usd in OPENAI_MODELS.")
+    if usd is not None and left is not None and usd > left:
+        raise _too_dear(what, usd, left, "what OPENAI_MONTHLY_BUDGET_USD has left this month", advice)
+
+
+def require_within(usd: Decimal | None, limit: Decimal | None, *, what: str, advice: str) -> None:
+    """Raise :class:`BudgetExceeded` if something paid would cost more than its caller's ``limit``, and
+    :class:`InvalidSetting` if nobody knows, because a model has no price."""
+    if limit is None:
         return
-    for most, name in (
-        (limit, "the most that it may cost (max_usd)"),
-        (left, "what OPENAI_MONTHLY_BUDGET_USD has left this month"),
-    ):
-        if most is not None and usd > most:
-            raise BudgetExceeded(
-                f"{what} would cost about {dollars(usd)} USD, and {name} is {dollars(most)} USD. {advice}"
-            )
+    if usd is None:
+        raise InvalidSetting("max_usd is given and a model has no price: give it usd in OPENAI_MODELS.")
+    if usd > limit:
+        raise _too_dear(what, usd, limit, "the most that it may cost (max_usd)", advice)
+
+
+def _too_dear(what: str, usd: Decimal, most: Decimal, name: str, advice: str) -> BudgetExceeded:
+    return BudgetExceeded(f"{what} would cost about {dollars(usd)} USD, and {name} is {dollars(most)} USD. {advice}")
 
 
 class Spending:

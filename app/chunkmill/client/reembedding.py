@@ -12,7 +12,7 @@ from typing import Literal, overload
 import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart, store_errors
-from chunkmill.client.costing import counting
+from chunkmill.client.costing import counting, require_within
 from chunkmill.client.paying import usd_of
 from chunkmill.client.quoting import quote
 from chunkmill.client.stopping import end_if_stopped
@@ -26,7 +26,6 @@ from chunkmill.domain.arguments import (
     as_word,
     require_name,
 )
-from chunkmill.domain.budget import dollars
 from chunkmill.domain.costs import Spent
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.printed import Rows
@@ -43,7 +42,7 @@ from chunkmill.domain.reembedding import (
 )
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.domain.states import Priority, Route
-from chunkmill.errors import BudgetExceeded, InvalidInput, InvalidSetting, WaitTimeout
+from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget
@@ -176,14 +175,12 @@ class Reembeddings(ClientPart):
         with store_errors(self._db):
             lanes = quote(self._db, self._settings, collection, spec, plan).lanes
         lane = next(lane for lane in lanes if lane.route is choice.route)
-        if limit is not None and lane.usd is None:
-            raise InvalidSetting("max_usd is given and the model has no price: give it usd in OPENAI_MODELS.")
-        if limit is not None and lane.usd is not None and lane.usd > limit:
-            raise BudgetExceeded(
-                f"the re-embedding of collection {collection!r} would cost about {dollars(lane.usd)} USD, and the most "
-                f"that it may cost (max_usd) is {dollars(limit)} USD. Nothing was begun. Raise the limit, or choose a "
-                "cheaper model or route."
-            )
+        require_within(
+            lane.usd,
+            limit,
+            what=f"the re-embedding of collection {collection!r}",
+            advice="Nothing was begun. Raise the limit, or choose a cheaper model or route.",
+        )
         return usd_of(lane) if is_limited else Decimal(0)
 
     def reembedding(self, which: int | str) -> Reembedding:

@@ -110,18 +110,14 @@ def learn(
 
     Texts of the sample that have no vector of MODEL are embedded, which costs money if it is a paid model.
     """
+    asked: dict[str, Any] = {
+        "dimensions": dimensions, "precision": precision, "sample": sample, "queries": queries,
+        "compare_old": compare_old,
+    }  # fmt: skip
     with Client.from_env() as client:
         if dry_run:
             with Bar(screen, f"counting the texts of {collection}", waits=True):
-                quote = client.quote_bridge(
-                    collection,
-                    model,
-                    dimensions=dimensions,
-                    precision=precision,
-                    sample=sample,
-                    queries=queries,
-                    compare_old=compare_old,
-                )
+                quote = client.quote_bridge(collection, model, **asked)
             if screen.json:
                 screen.document(asdict(quote))
             else:
@@ -134,11 +130,7 @@ def learn(
             made = client.bridge(
                 collection,
                 model,
-                dimensions=dimensions,
-                precision=precision,
-                sample=sample,
-                queries=queries,
-                compare_old=compare_old,
+                **asked,
                 max_usd=max_usd,
                 timeout=timeout,
                 on_progress=lambda spent: bar.update(spent.texts, None, "texts sent"),

@@ -205,7 +205,9 @@ def start(
     if wait and not begun.state.is_moved:
         raise SystemExit(STOPPED)
     if not wait:
-        lacking = _hint_lacks(screen, begun)
+        lacking = _lacks(begun)
+        for lack in lacking:
+            screen.hint(lack)
         screen.hint(f"{'' if lacking else 'A poller does the rest. '}Look with: chunkmill reembed show {begun.id}")
 
 
@@ -248,7 +250,8 @@ def show(screen: Screen, which: int | str, *, wait: bool) -> None:
             shown = _wait(screen, client, shown)
     _show(screen, shown)
     if not wait:
-        _hint_lacks(screen, shown)
+        for lack in _lacks(shown) if shown.paused_at is None else ():
+            screen.hint(lack)
     elif not shown.state.is_moved:
         raise SystemExit(STOPPED)
 
@@ -353,7 +356,7 @@ def finish(screen: Screen, which: int | str, *, yes: bool) -> None:
 def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
     """Show the progress until it is flipped, ends, is paused, stays in its share, or has a problem."""
     with Bar(screen, f"{shown.collection}: {shown.state.in_words}") as bar:
-        if lack := lacks.of_a_poller():
+        for lack in _lacks(shown):
             bar.note(lack)
         said = said_step = None
         while True:
@@ -445,15 +448,12 @@ def _show(screen: Screen, shown: Reembedding) -> None:
         screen.hint(shown.problem)
 
 
-def _hint_lacks(screen: Screen, shown: Reembedding) -> bool:
-    """Say which processes are not there that have to do the next step. Returns whether one is not."""
-    if not shown.state.is_before_flip or shown.paused_at is not None:
-        return False
+def _lacks(shown: Reembedding) -> list[str]:
+    """A sentence for each kind of process that is not there and has to do the next step."""
+    if not shown.state.is_before_flip:
+        return []
     fills = shown.state in (ReembeddingState.PLANNED, ReembeddingState.FILLING)
-    lacking = [lack for lack in (lacks.of_a_poller(), *(lacks.of_models(shown.to_model) if fills else ())) if lack]
-    for lack in lacking:
-        screen.hint(lack)
-    return bool(lacking)
+    return lacks.of_reembedding(shown.route, shown.to_model if fills else None)
 
 
 def _row(shown: Reembedding) -> tuple[object, ...]:

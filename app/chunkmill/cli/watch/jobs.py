@@ -71,7 +71,7 @@ class JobsWatcher:
 
 
 def watch(screen: Screen, limit: int, *, every: float, times: int | None) -> None:
-    """Show the jobs until Ctrl-C, or ``times`` times. Raises :class:`InvalidInput` in a pipe without ``--json``."""
+    """Show the jobs until Ctrl-C, or ``times`` times. Raises :class:`InvalidInput` in a pipe that gets tables."""
 
     def drawn(view: JobsView | None, at: float, looking_since: float) -> RenderableType:
         return draw(view, at, looking_since, screen.out.width)

@@ -32,7 +32,7 @@ def show(
     """Show what ``reader()`` reads until Ctrl-C, or ``times`` times.
 
     ``draw`` gets the view, the time now and since when the reader has been looking; ``fields`` gets the first two. Both
-    times are of this process's monotonic clock. Raises :class:`InvalidInput` in a pipe without ``--json``.
+    times are of this process's monotonic clock. Raises :class:`InvalidInput` in a pipe that gets tables.
     """
     if not screen.json and not screen.out.is_terminal:
         raise InvalidInput(f"`{command}` draws on a terminal. In a pipe, add --json to get one JSON document per line.")

@@ -10,5 +10,5 @@ from chunkmill.settings import Settings
 
 
 def watch(screen: Screen, settings: Settings, *, every: float, times: int | None) -> None:
-    """Show the status until Ctrl-C, or ``times`` times. Raises :class:`InvalidInput` in a pipe without ``--json``."""
+    """Show the status until Ctrl-C, or ``times`` times. Raises :class:`InvalidInput` in a pipe that gets tables."""
     show(screen, "status --watch", lambda: Watcher(settings), draw, fields, every=every, times=times)
