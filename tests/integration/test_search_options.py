@@ -176,13 +176,20 @@ def test_a_query_beside_all_that_a_graph_gives_is_compared_with_all_rows(
     assert [beside.explanation.beam, among.explanation.beam] == beams
 
 
-def test_whether_a_query_is_beside_a_graph_is_told_without_the_filter(filled: Client, way: str) -> None:
-    """What passes is far from the query and close together. The graph gave its nearest all the same."""
-    among = filled.search(vector(1, 0.5), collection="docs", k=5, metadata={"number": {"$gte": 90}}, explain=True)
-    assert numbers(among) == [90, 91, 92, 93, 94]
+@pytest.mark.parametrize("k", [5, 40])
+def test_whether_a_query_is_beside_a_graph_is_told_without_the_filter(filled: Client, way: str, k: int) -> None:
+    """What passes is far from the query and close together. The graph gave its nearest all the same.
+
+    For five hits it is read with the beam by which that is told, and for forty with a wider one.
+    """
+    least = 90 if k == 5 else 60
+    wanted = {"number": {"$gte": least}}
+    among = filled.search(vector(1, 0.5), collection="docs", k=k, metadata=wanted, explain=True)
+    assert numbers(among) == list(range(least, least + k))
     assert among.explanation
     assert "beside" not in among.explanation.because
-    assert among.explanation.beam == (searching.BEAM if way == "in a graph" else None)
+    beam = searching.BEAM if k == 5 else 3 * k
+    assert among.explanation.beam == (beam if way == "in a graph" else None)
 
 
 @pytest.mark.parametrize("way", ["in a graph"], indirect=True)
@@ -204,6 +211,44 @@ def test_rows_that_do_not_give_enough_hits_are_not_believed(filled: Client, monk
     wanted = {"number": {"$lt": 20}}
     hits = filled.search(vector(1, 10), collection="docs", k=5, metadata=wanted)
     assert numbers(hits) == [19, 18, 17, 16, 15]
+
+
+@pytest.mark.parametrize("way", ["in a graph"], indirect=True)
+def test_the_share_that_passes_is_remembered_for_each_filter_and_graph(
+    client: Client, db: sa.Engine, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for long, because metadata change."""
+    for name, odd in (("docs", 1), ("others", N)):
+        chunks = [Chunk(f"c{i:03}", f"{name} {i}", {"kind": "odd" if i < odd else "even"}) for i in range(N)]
+        client.enqueue(chunks, collection=name)
+        embed(db, {f"{name} {i}": (1, i / 50) for i in range(N)})
+        client.index(name)
+    samples: list[str] = []
+
+    def note(conn: object, cursor: object, statement: str, *_: object) -> None:
+        samples.extend(["sample"] if "TABLESAMPLE" in statement else [])
+
+    sa.event.listen(client._db, "before_cursor_execute", note)
+
+    def passing(collection: str, kind: str) -> int | None:
+        hits = client.search(vector(1), collection=collection, k=1, metadata={"kind": kind}, explain=True)
+        assert hits.explanation
+        return hits.explanation.passing
+
+    questions = [("docs", "even"), ("docs", "odd"), ("others", "even"), ("others", "odd")]
+    assert [passing(*question) for question in questions] == [None, 1, 0, None]
+    n_samples = len(samples)
+    assert n_samples >= len(questions)
+    assert [passing(*question) for question in questions] == [None, 1, 0, None]
+    client.update_metadata("docs", {"kind": "odd"}, filter={"kind": "even"})
+    assert (
+        client.search(vector(1), collection="docs", k=1, metadata={"kind": "even"}) == []
+    )  # although many should pass
+    assert len(samples) == n_samples
+    monkeypatch.setattr(searching, "SHARE_SECONDS", 0.0)
+    searching._SHARES.clear()
+    assert [passing("docs", "even") for _ in range(2)] == [0, 0]
+    assert len(samples) == n_samples + 2
 
 
 def test_the_spread_of_candidates_is_their_mean_distance_to_each_other_by_that_to_the_query() -> None:

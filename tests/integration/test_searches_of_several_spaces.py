@@ -350,9 +350,9 @@ def test_a_search_writes_nothing_and_chooses_its_space_in_the_statement_that_rea
     ask(client, session="a")
     assert statements[0].startswith("SELECT k.id AS collection_id")
     of_spaces = [statement for statement in statements if "collection_spaces" in statement]
-    assert len(of_spaces) == 2  # the choice, and beside the settings whether the space is still the collection's
+    assert len(of_spaces) == 2  # the choice, and beside the serving index whether the space is still the collection's
     assert not [statement for statement in statements if statement.startswith(("INSERT", "UPDATE", "DELETE"))]
-    assert len(statements) == 10, statements  # there were 11 when a collection had one space
+    assert len(statements) == 8, statements  # there were 11 when a collection had one space
 
 
 def test_counts_that_cannot_be_written_stop_no_search_and_are_not_forgotten(

@@ -95,7 +95,9 @@ def in_the_middle(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object],
 # --- What is found ---
 
 
-def statements_of(client: Client, *, exact: bool) -> list[tuple[str, Mapping[str, object], Mapping[str, str]]]:
+def statements_of(
+    client: Client, *, exact: bool, metadata: Mapping[str, object] | None = None
+) -> list[tuple[str, Mapping[str, object], Mapping[str, str]]]:
     """What a search for three chunks asks Postgres: statement, parameters, and how a graph is read then."""
     asked: list[tuple[str, Mapping[str, object], Mapping[str, str]]] = []
 
@@ -107,7 +109,7 @@ def statements_of(client: Client, *, exact: bool) -> list[tuple[str, Mapping[str
             asked.append((statement, parameters, {row.name: row.setting for row in conn.exec_driver_sql(query)}))
 
     sa.event.listen(client._db, "before_cursor_execute", note)
-    client.search(vector_of("docs 1"), collection="docs", k=3, exact=exact)
+    client.search(vector_of("docs 1"), collection="docs", k=3, exact=exact, metadata=metadata)
     sa.event.remove(client._db, "before_cursor_execute", note)
     assert asked
     return asked
@@ -126,6 +128,17 @@ def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_
             (plan,) = conn.exec_driver_sql("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).scalar_one()
         scans = [node for node in nodes(plan["Plan"]) if str(node.get("Index Name", "")).startswith("ix_segment_")]
         assert [node["Actual Rows"] <= 3 + searching.MORE_CANDIDATES for node in scans] == [True]
+
+
+def test_a_graph_is_left_as_soon_as_enough_rows_pass_the_filter(client: Client, db: sa.Engine) -> None:
+    """Postgres must see that the number of those that have passed can only grow. All rows pass this one."""
+    begin_with(client, db, 200)
+    for statement, parameters, _ in statements_of(client, exact=False, metadata={"absent": {"$exists": False}}):
+        with db.begin() as conn:
+            conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
+            (plan,) = conn.exec_driver_sql("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).scalar_one()
+        scans = [node for node in nodes(plan["Plan"]) if str(node.get("Index Name", "")).startswith("ix_segment_")]
+        assert [searching.JUDGED < node["Actual Rows"] < searching.JUDGED + 5 for node in scans] == [True]
 
 
 def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -199,7 +212,7 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
         ("MAX_SCANNED", 1),
         ("LEAST_SPREAD", 0),
         ("MAX_EXACT", 2),  # the filter leaves more, so the search is not exact because of it
-        ("MOST_AT_ONCE", 0),  # nor are all rows of the graph read at once
+        ("SLACK", 0),  # the graph is read again until enough rows have passed
     ):
         monkeypatch.setattr(searching, name, value)
     steps = directions(60)
@@ -213,6 +226,27 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
     give(db, {f"tail {i}": steps[55 + i] for i in range(4)})
     hits = client.search(steps[0], collection="docs", k=3, metadata={"lang": "de"})
     assert [hit.chunk_id for hit in hits] == ["c45", "c46", "c47"]
+
+
+@pytest.mark.parametrize("metadata", [None, {"lang": "de"}], ids=["no filter", "a filter"])
+def test_deleted_chunks_take_no_places_among_the_candidates(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, metadata: dict[str, Any] | None
+) -> None:
+    """Their rows are in the graph until a merge, nearer than all others, and the tail alone has enough hits."""
+    for name, value in (("LEAST_SPREAD", 0), ("MAX_EXACT", 2)):
+        monkeypatch.setattr(searching, name, value)
+    steps = directions(80)
+    for name in COLLECTIONS:
+        client.enqueue([Chunk(f"c{i:02}", f"{name} {i}", {"lang": "de"}) for i in range(50)], collection=name)
+        give(db, {f"{name} {i}": steps[i] for i in range(50)})
+        assert client.index(name).graph_rows == 50
+    client.enqueue([Chunk(f"t{i}", f"tail {i}", {"lang": "de"}) for i in range(20)], collection="docs")
+    give(db, {f"tail {i}": steps[55 + i] for i in range(20)})
+    client.delete("docs", [f"c{i:02}" for i in range(40)])
+    hits = client.search(steps[0], collection="docs", k=3, metadata=metadata, explain=True)
+    assert [hit.chunk_id for hit in hits] == ["c40", "c41", "c42"]
+    assert hits.explanation is not None
+    assert not hits.explanation.is_exact
 
 
 def test_rows_of_a_graph_that_are_read_at_once_do_not_hide_what_is_behind_them(

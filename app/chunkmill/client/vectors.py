@@ -101,6 +101,11 @@ class _Search:
         """The queries that a worker embeds."""
         return self.queries if isinstance(self.queries, list) else []
 
+    @property
+    def vectors(self) -> Sequence[NDArray[np.float64]]:
+        """The queries that the caller has embedded."""
+        return [] if isinstance(self.queries, list) else list(self.queries)
+
     def require_one_space(self) -> None:
         """Raise :class:`InvalidInput` if two arguments choose the space."""
         if self.session is not None and self.space is not None:
@@ -322,18 +327,23 @@ class Vectors(ClientPart):
 
     def _answering(self, asked: _Search, begun: float) -> Steps[list[Hits]]:
         """The hits of each query, all in one space. Raises :class:`SpaceLeft`."""
+        hit_lists: list[Hits] = []
         with _space_left(), self._transaction() as conn:
+            if not asked.texts:
+                searching.see_one_moment(conn)
             served = serving.find(conn, asked.collection)
             chosen = asked.choose(served)
             crossing = None
             if asked.bridge is not None:
                 crossing = bridges.find(conn, served.collection_in(chosen), asked.bridge)
             mix = asked.mix(conn, served, chosen)
+            if not asked.texts:
+                hit_lists = self._nearest(conn, served, chosen, asked, mix, asked.vectors, crossing)
         counts = counting_of(self._db) if asked.session is not None and served.others else None
         other = served.before(chosen) if asked.may_fall_back and asked.texts else None
         patience = asked.timeout if other is None else min(MOST_PATIENCE_S, asked.timeout / 2)
         vectors, instead_of = None, None
-        if other is None or not self._is_unserved(chosen):
+        if asked.texts and (other is None or not self._is_unserved(chosen)):
             try:
                 query_space = chosen if crossing is None else crossing.query_space
                 vectors = yield from self._query_vectors(query_space, asked, begun + patience)
@@ -350,8 +360,10 @@ class Vectors(ClientPart):
             with self._transaction() as conn:
                 mix = asked.mix(conn, served, chosen)
             vectors = yield from self._query_vectors(chosen, asked, begun + asked.timeout)
-        with _space_left():
-            hit_lists = self._nearest(served, chosen, asked, mix, vectors, crossing)
+        if vectors is not None:
+            with _space_left(), self._transaction() as conn:
+                searching.see_one_moment(conn)
+                hit_lists = self._nearest(conn, served, chosen, asked, mix, list(vectors), crossing)
         if counts is not None:
             counts.answered(self._db, served.id, chosen.id, time.monotonic() - begun)
         return [
@@ -366,60 +378,57 @@ class Vectors(ClientPart):
         ]
 
     def _query_vectors(self, space: registry.Space, asked: _Search, deadline: float) -> Steps[NDArray[Any]]:
-        """The vectors of the queries in a space, ``(n, d)``. Queries that are vectors are returned as they are."""
-        if not isinstance(asked.queries, list):
-            return asked.queries
+        """The vectors of the queries, which are texts, in a space, ``(n, d)``."""
 
         def was_dropped() -> registry.Space:
             raise SpaceLeft
 
         left = max(0.0, deadline - time.monotonic())
-        embedded = yield from self._asking_all(space, asked.queries, "query", left, register=was_dropped)
+        embedded = yield from self._asking_all(space, asked.texts, "query", left, register=was_dropped)
         if asked.tell is not None:
             asked.tell(replace(embedded, spec=space.spec))
         return embedded.vectors
 
     def _nearest(
         self,
+        conn: sa.Connection,
         served: serving.ServedCollection,
         space: registry.Space,
         asked: _Search,
         mix: tuple[keywords.KeywordIndex, Hybrid] | None,
-        queries: NDArray[Any] | None,
+        queries: Sequence[NDArray[Any]],
         crossing: bridges.Crossing | None,
     ) -> list[Hits]:
-        """The hits of each query, all at one moment. ``crossing`` is the bridge that carries the queries into the
-        space. Raises :class:`SpaceLeft`.
+        """The hits of each query, all at the one moment that the transaction sees. ``crossing`` is the bridge that
+        carries the queries into the space. Raises :class:`SpaceLeft`.
         """
         asked_in = space if crossing is None else crossing.query_space
-        vectors = [as_query_vector(vector, asked_in.spec.dimensions) for vector in (() if queries is None else queries)]
+        vectors = [as_query_vector(vector, asked_in.spec.dimensions) for vector in queries]
         if crossing is not None and vectors:
             vectors = list(crossing.adapter.carry(np.stack(vectors)))
-        with self._transaction() as conn:
-            searching.see_one_moment(conn)
-            if asked.like is not None:
-                stored = searching.vector_of(conn, space, served.collection_in(space), asked.like)
-                vectors = [as_query_vector(stored, space.spec.dimensions)]
-            hit_lists = searching.search_all(
-                conn,
-                space,
-                np.stack(vectors) if vectors else np.empty((0, space.spec.dimensions), np.float32),
-                collection_id=served.id,
-                k=asked.k if mix is None else keywords.depth(asked.k, asked.offset),
-                where=asked.where,
-                exact=asked.exact,
-                offset=asked.offset if mix is None else None,
-                without=asked.like,
-                explain=asked.explain,
-                is_served=serving.is_served(conn),
-            )
-            if mix is not None:
-                hit_lists = [
-                    keywords.search_mixed(
-                        conn, *mix, space, vector, text, hits, k=asked.k, offset=asked.offset, where=asked.where
-                    )
-                    for vector, text, hits in zip(vectors, asked.texts, hit_lists, strict=True)
-                ]
+        if asked.like is not None:
+            stored = searching.vector_of(conn, space, served.collection_in(space), asked.like)
+            vectors = [as_query_vector(stored, space.spec.dimensions)]
+        hit_lists = searching.search_all(
+            conn,
+            space,
+            np.stack(vectors) if vectors else np.empty((0, space.spec.dimensions), np.float32),
+            collection_id=served.id,
+            k=asked.k if mix is None else keywords.depth(asked.k, asked.offset),
+            where=asked.where,
+            exact=asked.exact,
+            offset=asked.offset if mix is None else None,
+            without=asked.like,
+            explain=asked.explain,
+            is_served=serving.is_served(conn),
+        )
+        if mix is not None:
+            hit_lists = [
+                keywords.search_mixed(
+                    conn, *mix, space, vector, text, hits, k=asked.k, offset=asked.offset, where=asked.where
+                )
+                for vector, text, hits in zip(vectors, asked.texts, hit_lists, strict=True)
+            ]
         if crossing is not None:
             hit_lists = [
                 Hits((replace(hit, bridge=crossing.name) for hit in hits), hits.explanation) for hits in hit_lists

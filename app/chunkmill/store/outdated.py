@@ -64,12 +64,8 @@ def serve(conn: sa.Connection, collection_id: int, *, wanted: bool) -> None:
 
 def is_served(conn: sa.Connection, collection_id: int) -> bool:
     """Whether searches of the collection find replaced chunks by their old vectors."""
-    if conn.engine not in _with_outdated:
-        if not are_kept(conn):
-            return False
-        _with_outdated.add(conn.engine)
     try:
-        query = f"SELECT {condition(conn)}"
+        query = f"SELECT {condition(conn) or 'false'}"
         return bool(conn.execute(sa.text(query), {"collection": collection_id}).scalar_one())
     except sa.exc.ProgrammingError as error:
         forget_schema(conn, error)
@@ -77,10 +73,12 @@ def is_served(conn: sa.Connection, collection_id: int) -> bool:
 
 
 def condition(conn: sa.Connection) -> str | None:
-    """What :func:`is_served` says, as a condition in SQL on ``:collection``; None if the schema is not known to have
-    the tables."""
+    """What :func:`is_served` says, as a condition in SQL on ``:collection``; None on the schema of an earlier
+    release."""
     if conn.engine not in _with_outdated:
-        return None
+        if not are_kept(conn):
+            return None
+        _with_outdated.add(conn.engine)
     return "EXISTS (SELECT FROM outdated_collections o WHERE o.collection_id = :collection)"
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import heapq
 import math
 import shlex
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 
@@ -40,7 +46,7 @@ BEAM, WIDE_BEAM, WIDEST_BEAM = 100, 400, 1_000
 last number is pgvector's maximum."""
 BITS_BY_ROWS = 2_000
 """The same if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and with 2,000 0.995."""
-MORE_CANDIDATES = 10
+MORE_CANDIDATES = 5
 """How many more candidates than hits are compared by their vectors at least, because a segment orders its rows in half
 precision."""
 JUDGED = 20
@@ -58,22 +64,28 @@ FIRST_SAMPLED, SAMPLED = 100, 500
 """About how many rows of the largest graph are looked at to tell whether a filter leaves many chunks: as many as the
 second number, unless none or a third of the first ones pass. That takes 1 to 3 ms, and saves the list of all chunks
 that pass."""
+SHARE_SECONDS, MOST_SHARES = 60.0, 1_000
+"""How many seconds the share that passes a filter is remembered, and for how many filters and graphs. It decides only
+which way of searching is tried first."""
 CLEARLY_MANY = 1.25
 """The sample is believed only if it says that this many times more chunks pass than an exact search may have."""
+
+
+_SHARES: WeakKeyDictionary[sa.Engine, dict[tuple[int, bytes], tuple[float, float]]] = WeakKeyDictionary()
+"""The remembered shares, by the segment and a digest of the filter, and the time of ``time.monotonic()`` until which
+they are believed."""
 
 
 class SpaceLeft(Exception):
     """The collection has left the space since the caller chose it, so its vectors may be incomplete."""
 
 
-MOST_AT_ONCE = BEAM
-"""How many rows of a graph are read before their chunks are looked at. If too few of these pass the filter, rows are
-checked one after the other until enough have passed. ``LEAST_SPREAD`` holds for this beam alone. With a beam of 576,
-for a filter that leaves 5 % of 100,000 rows, the recall of queries about other topics was 0.94 instead of 0.99, and it
-took longer.
-"""
-MARGIN = 1.3
-"""How many times more rows of a graph are read than should be enough, given the share that passes."""
+SLACK = 4
+"""How many times more rows of a graph are read at most than should be enough, given the share that passes."""
+
+
+# SQLAlchemy takes some time to read such long texts, and there are few different ones.
+_read = functools.lru_cache(maxsize=256)(sa.text)
 
 
 def search(
@@ -96,6 +108,7 @@ def search(
     With an ``offset``, which may be 0, this many of the nearest are left out. The hits of all offsets come from one and
     the same list. ``without`` is the id of a chunk that is left out. Call it first in its transaction.
     """
+    see_one_moment(conn)
     (hits,) = search_all(
         conn,
         space,
@@ -127,28 +140,10 @@ def search_all(
 ) -> list[Hits]:
     """:func:`search` for each row of ``queries``, ``(n, d)`` float32, all at one moment.
 
-    ``is_served`` is a condition in SQL on ``:collection`` and ``:space``. If it does not hold at that moment, this
-    raises :class:`SpaceLeft`.
+    :func:`see_one_moment` must have been the first statement of the transaction. ``is_served`` is a condition in SQL on
+    ``:collection`` and ``:space``. If it does not hold at that moment, this raises :class:`SpaceLeft`.
     """
-    see_one_moment(conn)
-    of_outdated = outdated.condition(conn)
-    prepare = f"""
-        SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
-               set_config('hnsw.iterative_scan', 'relaxed_order', true),
-               set_config('hnsw.max_scan_tuples', :most, true),
-               {segments.ARE_KEPT} AS has_indexes,
-               {of_outdated or "false"} AS has_outdated,
-               {is_served} AS is_served
-    """
-    # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
-    moment = {"most": str(MAX_SCANNED), "collection": collection_id, "space": space.id}
-    try:
-        settings = conn.execute(sa.text(prepare), moment).one()
-    except sa.exc.ProgrammingError as error:
-        outdated.forget_schema(conn, error)
-        raise
-    if not settings.is_served:
-        raise SpaceLeft
+    index, has_outdated = _look(conn, collection_id, space, is_served)
     end = (offset or 0) + k + (without is not None)
     condition, parameters = (where or Filter()).sql("c.metadata")
     asked = _CallContext(
@@ -158,13 +153,14 @@ def search_all(
         parameters | {"collection": collection_id, "space": space.id},
         collection_id=collection_id,
         where=where,
-        has_outdated=outdated.is_served(conn, collection_id) if of_outdated is None else settings.has_outdated,
+        has_outdated=has_outdated,
     )
-    index, passing, share, because, wanted = None, None, 1.0, "An exact search was asked for.", end
-    if not exact and offset is None and end > MAX_K_THROUGH_SEGMENTS:
-        because = f"A search for more than {MAX_K_THROUGH_SEGMENTS} hits is exact."
-    elif not exact:
-        index = segments.find(conn, collection_id, space.id) if settings.has_indexes else None
+    passing, share, because, wanted = None, 1.0, "An exact search was asked for.", end
+    if exact:
+        index = None
+    elif offset is None and end > MAX_K_THROUGH_SEGMENTS:
+        index, because = None, f"A search for more than {MAX_K_THROUGH_SEGMENTS} hits is exact."
+    else:
         because = "The collection has no serving index. It gets one when it has 1,000 chunks and a poller runs."
         if index is not None and not index.is_ready:
             index, because = None, "The collection's serving index is being built for the first time."
@@ -188,12 +184,40 @@ def search_all(
     ]
 
 
+def _look(conn: sa.Connection, collection_id: int, space: Space, is_served: str) -> tuple[ServingIndex | None, bool]:
+    """The serving index, and whether replaced chunks are found by their old vectors. Raises :class:`SpaceLeft`."""
+    of_outdated = outdated.condition(conn)
+    if of_outdated is None and not segments.are_kept(conn):
+        parameters = {"collection": collection_id, "space": space.id}
+        if not conn.execute(sa.text(f"SELECT {is_served}"), parameters).scalar_one():
+            raise SpaceLeft
+        return None, False
+    try:
+        index, holding = segments.find_and_tell(conn, collection_id, space.id, [of_outdated or "false", is_served])
+    except sa.exc.ProgrammingError as error:
+        outdated.forget_schema(conn, error)
+        raise
+    has_outdated, is_there = holding
+    if not is_there:
+        raise SpaceLeft
+    return index, has_outdated
+
+
 def see_one_moment(conn: sa.Connection) -> None:
     """Make all statements of a transaction see the database as it was at the first of them.
 
-    Otherwise a content could leave the tail between two statements of a search and be in no segment yet.
+    Otherwise a content could leave the tail between two statements of a search and be in no segment yet. The settings
+    of a search come with it: statements without parameters go to Postgres in one message.
     """
-    conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+    # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
+    settings = f"""
+        SET TRANSACTION ISOLATION LEVEL REPEATABLE READ;
+        SET LOCAL plan_cache_mode = force_custom_plan;
+        SET LOCAL hnsw.iterative_scan = relaxed_order;
+        SET LOCAL hnsw.max_scan_tuples = {MAX_SCANNED};
+        SET LOCAL hnsw.ef_search = {BEAM}
+    """
+    conn.execute(_read(settings))
 
 
 def vector_of(conn: sa.Connection, space: Space, collection: Collection, chunk_id: str) -> NDArray[np.float32]:
@@ -348,17 +372,24 @@ class _CallContext:
         largest = max(
             (part for part in index.segments if part.kind is not SegmentKind.FLAT), key=lambda part: part.rows
         )
+        known = _SHARES.setdefault(self.conn.engine, {})
+        asked = hashlib.blake2b(repr((self.filtered, self.parameters)).encode(), digest_size=16).digest()
+        share, until = known.get((largest.id, asked), (0.0, 0.0))
+        if time.monotonic() < until:
+            return share
         query = f"""
             SELECT count(*) AS looked, count(*) FILTER (WHERE {_has_chunk("s", self.filtered)}) AS passed
             FROM {largest.table_name} s TABLESAMPLE SYSTEM (:percent) REPEATABLE (1)
         """
-        share = 0.0
         for rows in (FIRST_SAMPLED, SAMPLED):
             percent = min(100.0, 100 * rows / max(1, largest.rows))
             row = self.conn.execute(sa.text(query), {**self.parameters, "percent": percent}).one()
             share = row.passed / row.looked if row.looked else 0.0
             if not 0 < share < 1 / 3:
                 break
+        if len(known) >= MOST_SHARES:
+            known.clear()
+        known[largest.id, asked] = share, time.monotonic() + SHARE_SECONDS
         return share
 
     def _through_segments(
@@ -392,18 +423,20 @@ class _CallContext:
     def _nearest_at_once(
         self, parameters: dict[str, object], candidates: int, index: ServingIndex
     ) -> _NearestHits | None:
-        """The nearest that pass the filter, among as many rows of each graph as should be enough, given the share that
-        passes.
+        """The nearest that pass the filter. One statement reads each graph until enough rows have passed, and tells
+        from the first ones where the query lies among all rows.
 
-        One statement reads them, checks which of them pass, and tells where the query lies among all of them. None if
-        there is no filter, if a graph is not one of vectors, or if too few rows passed.
+        None if there is no filter, if a graph is not one of vectors, if the hits are so many that a wider beam is
+        needed, or if far fewer rows passed than the share promises. ``LEAST_SPREAD`` holds for ``BEAM`` alone. With a
+        beam of 576, for a filter that leaves 5 % of 100,000 rows, the recall of queries about other topics was 0.94
+        instead of 0.99, and it took longer.
         """
-        at_once = math.ceil(MARGIN * candidates / max(self.share, 1e-6)) + JUDGED
-        if not (self.filtered and index.has_graphs) or index.has_bits or at_once > MOST_AT_ONCE:
+        if not (self.filtered and index.has_graphs) or index.has_bits or 2 * candidates > BEAM:
             return None
-        self._set_beam(BEAM)
+        wanted = max(candidates, math.ceil(JUDGED * self.share))
+        most = min(MAX_SCANNED, math.ceil(SLACK * wanted / max(self.share, 1e-6)))
         statement = _through_graphs_at_once(self.space, index.segments, self.filtered)
-        near = self._near(statement, {**parameters, "k": max(candidates, JUDGED), "at_once": at_once, "beam": BEAM})
+        near = self._near(statement, {**parameters, "k": wanted, "most": most, "beam": BEAM})
         return near if near.hits else None
 
     def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _NearestHits:
@@ -413,14 +446,13 @@ class _CallContext:
         if is_judged:
             # Rows that pass a filter, or that a wide beam has found, are further away and say less about where the
             # query lies.
-            self._set_beam(BEAM)
             all_of_it = _through_segments(self.space, index.segments, "")
             spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": BEAM}).spread
             if spread < LEAST_SPREAD:
                 return _NearestHits([], 0, spread, BEAM)
-        self._set_beam(beam)
         graphs = _through_segments(self.space, index.segments, self.filtered)
-        near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
+        with self._with_beam(beam):
+            near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
         return replace(near, spread=spread) if is_judged else near
 
     def _exactly(self, parameters: dict[str, object], k: int, passing: _PassingChunks | None) -> list[SearchHit]:
@@ -444,11 +476,19 @@ class _CallContext:
         n_rows: int = self.conn.execute(sa.text(query), self.parameters).scalar_one()
         return n_rows
 
-    def _set_beam(self, beam: int) -> None:
-        self.conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {beam}"))
+    @contextlib.contextmanager
+    def _with_beam(self, beam: int) -> Iterator[None]:
+        """What reads graphs here reads them with this beam, and with ``BEAM`` again afterwards."""
+        if beam == BEAM:
+            yield
+            return
+        setting = "SET LOCAL hnsw.ef_search = {}"
+        self.conn.execute(sa.text(setting.format(beam)))
+        yield
+        self.conn.execute(sa.text(setting.format(BEAM)))
 
     def _near(self, statement: str, parameters: dict[str, object]) -> _NearestHits:
-        rows = self.conn.execute(sa.text(statement), parameters).all()
+        rows = self.conn.execute(_read(statement), parameters).all()
         if not rows or any(row.gave_up for row in rows):
             return _NearestHits([], 0, math.inf)
         hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
@@ -459,7 +499,7 @@ class _CallContext:
 
 def _written(query: NDArray[np.float32]) -> str:
     """The direction of the query as Postgres reads a vector."""
-    return "[" + ",".join(map(repr, _direction(query).tolist())) + "]"
+    return "[" + ",".join(map("{:.9g}".format, _direction(query).tolist())) + "]"
 
 
 def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -543,11 +583,14 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
         ),
         nearest AS MATERIALIZED (
             {_nearest(space, filtered)}
+        ),
+        judged AS MATERIALIZED (
+            {judged}
         )
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
                {gave_up} AS gave_up, j.judged, j.cosine, j.length
         FROM nearest n
-        CROSS JOIN ({judged}) j
+        CROSS JOIN judged j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """
@@ -577,20 +620,38 @@ def _nearest(space: Space, filtered: str) -> str:
 
 
 def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: str) -> str:
-    """The nearest rows of graphs of vectors, ``:at_once`` of each, and which of them have a chunk that passes.
+    """The nearest rows of graphs of vectors that have a chunk which passes, and the first rows that have a chunk.
 
-    Chunks are looked up once for both: whether the content has one, and whether one of them passes. The tail and flat
-    segments, which have few rows, are asked for each.
+    Each graph is read until more than ``:k`` rows have passed, or ``:most`` have been read. Postgres stops there,
+    because the count of a window can only grow (the run condition of its WindowAgg). Chunks are looked up once for
+    both. The tail and flat segments, which have few rows, are asked for each.
     """
     half = f"halfvec({space.spec.dimensions})"
     graphs = [part for part in live if part.kind is not SegmentKind.FLAT]
     flat = [part for part in live if part.kind is SegmentKind.FLAT]
     near = "\nUNION ALL\n".join(
         f"""(
-            SELECT s.content_hash, {part.id} AS part, s.embedding <=> CAST(:query AS {half}) AS distance
-            FROM {part.table_name} s
-            ORDER BY s.embedding <=> CAST(:query AS {half})
-            LIMIT :at_once
+            SELECT r.content_hash, {part.id} AS part, r.distance, r.passes, r.number
+            FROM (
+                SELECT l.content_hash, l.distance, l.passes, row_number() OVER rows_read AS number,
+                       count(nullif(l.passes, false)) OVER rows_read AS n_passed
+                FROM (
+                    SELECT s.content_hash, s.distance, c.passes
+                    FROM (
+                        SELECT s.content_hash, s.embedding <=> CAST(:query AS {half}) AS distance
+                        FROM {part.table_name} s
+                        ORDER BY s.embedding <=> CAST(:query AS {half})
+                        LIMIT :most
+                    ) s
+                    CROSS JOIN LATERAL (
+                        SELECT bool_or(true {filtered}) AS passes
+                        FROM chunks c
+                        WHERE c.content_hash = s.content_hash AND c.collection_id = :collection
+                    ) c
+                ) l
+                WINDOW rows_read AS (ROWS UNBOUNDED PRECEDING)
+            ) r
+            WHERE r.n_passed <= :k
         )"""
         for part in graphs
     )
@@ -607,17 +668,8 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
                 JOIN {space.table_name} v USING (content_hash)
     """)
     return f"""
-        WITH near AS MATERIALIZED (
+        WITH looked AS MATERIALIZED (
             {near}
-        ),
-        looked AS MATERIALIZED (
-            SELECT n.content_hash, n.part, n.distance, c.passes
-            FROM near n
-            CROSS JOIN LATERAL (
-                SELECT bool_or(true {filtered}) AS passes
-                FROM chunks c
-                WHERE c.content_hash = n.content_hash AND c.collection_id = :collection
-            ) c
         ),
         candidates AS MATERIALIZED (
             (SELECT content_hash FROM looked WHERE passes ORDER BY distance LIMIT :k)
@@ -628,9 +680,18 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
             {_nearest(space, filtered)}
         ),
         seen AS MATERIALIZED (
-            (SELECT content_hash FROM looked WHERE passes IS NOT NULL ORDER BY distance LIMIT :k)
+            (
+                SELECT content_hash
+                FROM looked
+                WHERE passes IS NOT NULL AND number <= :beam
+                ORDER BY distance
+                LIMIT {JUDGED}
+            )
             UNION
             SELECT content_hash FROM ({others}) o
+        ),
+        judged AS MATERIALIZED (
+            {judged}
         )
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
                EXISTS (
@@ -640,7 +701,7 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
                ) AS gave_up,
                j.judged, j.cosine, j.length
         FROM nearest n
-        CROSS JOIN ({judged}) j
+        CROSS JOIN judged j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """

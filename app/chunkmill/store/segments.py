@@ -61,20 +61,31 @@ def require_kept(conn: sa.Connection) -> None:
 
 def find(conn: sa.Connection, collection_id: int, space_id: int) -> ServingIndex | None:
     """The serving index of a collection in a space; None if there is none."""
-    query = """
-        SELECT i.is_ready, s.id, s.kind, s.n_rows, to_regclass('segment_' || s.id) IS NULL AS is_lost
-        FROM serving_indexes i
+    index, _ = find_and_tell(conn, collection_id, space_id, ())
+    return index
+
+
+def find_and_tell(
+    conn: sa.Connection, collection_id: int, space_id: int, conditions: Sequence[str]
+) -> tuple[ServingIndex | None, list[bool]]:
+    """:func:`find`, and in the same statement which of ``conditions`` hold; they are SQL on ``:collection`` and
+    ``:space``."""
+    told = "".join(f", {condition}" for condition in conditions)
+    query = f"""
+        SELECT i.is_ready, s.id, s.kind, s.n_rows, to_regclass('segment_' || s.id) IS NULL AS is_lost {told}
+        FROM (SELECT) one
+        LEFT JOIN serving_indexes i ON i.collection_id = :collection AND i.space_id = :space
         LEFT JOIN segments s ON s.collection_id = i.collection_id AND s.space_id = i.space_id AND s.state = :live
-        WHERE i.collection_id = :collection AND i.space_id = :space
         ORDER BY s.id
     """
     parameters = {"collection": collection_id, "space": space_id, "live": SegmentState.LIVE}
     rows = conn.execute(sa.text(query), parameters).all()
-    if not rows:
-        return None
+    holding = [bool(holds) for holds in rows[0][5:]]
+    if rows[0].is_ready is None:
+        return None, holding
     live = tuple(Segment(row.id, SegmentKind(row.kind), row.n_rows) for row in rows if row.id is not None)
     has_lost = any(row.is_lost and row.id is not None for row in rows)
-    return ServingIndex(rows[0].is_ready and not has_lost, live, has_lost)
+    return ServingIndex(rows[0].is_ready and not has_lost, live, has_lost), holding
 
 
 def create(conn: sa.Connection, collection_id: int, space: Space, kind: SegmentKind, builder: BuilderKind) -> Segment:

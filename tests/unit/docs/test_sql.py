@@ -68,7 +68,7 @@ PIECES: dict[str, dict[str, str]] = {
     "app/chunkmill/store/outdated.py": {
         "new": A_FILTER,
         "old": A_FILTER,
-        "condition(conn)": OF_AN_OLD_SCHEMA,
+        "condition(conn) or 'false'": OF_AN_OLD_SCHEMA,
         "distance": "hits are ordered by what their scores are made of",
         "_waiting(space)": "what is found, counted and taken as a query must be the same chunks",
     },
@@ -82,8 +82,8 @@ PIECES: dict[str, dict[str, str]] = {
         "is_old('c.written_by')": "what is picked and what is deleted must be old by one rule",
         "is_old('CAST(CAST(c.xmin AS text) AS bigint)')": "what is picked and what is deleted must be old by one rule",
     },
+    "app/chunkmill/store/segments.py": {"told": "conditions of a search, which must hold at its one moment"},
     "app/chunkmill/store/search.py": {
-        "of_outdated or 'false'": OF_AN_OLD_SCHEMA,
         "is_served": "a collection has one space or several; who asks knows the condition",
         "filtered": A_FILTER,
         "self.filtered": A_FILTER,
