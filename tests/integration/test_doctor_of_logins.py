@@ -93,6 +93,14 @@ def test_a_gateway_with_the_login_of_a_producer_or_of_a_key_maker_does_not_start
         assert "Put it into the group chunkmill_gateways" in " ".join(refused.stderr.split())
 
 
+def test_a_key_maker_that_may_not_read_the_collections_makes_a_key_for_one(guarded: str, settings: Settings) -> None:
+    command = ("keys", "create", "page", "--collection", "docs")
+    for role in ("key_makers", "owner"):
+        made = asked(as_role(guarded, f"logins_{role}"), settings.require_redis_url(), *command)
+        assert made.exit_code == 0, made.output
+        assert ("There is no collection" in made.stderr) == (role == "owner")
+
+
 def test_a_user_whose_channels_are_those_of_another_database_is_noticed(stack: StackStatus, settings: Settings) -> None:
     number, other = 7, 0  # 0 is the one of deploy/redis-acl.conf
     url = settings.require_redis_url().rpartition("=")[0] + f"={number}"

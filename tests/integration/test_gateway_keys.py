@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from chunkmill.cli.__main__ import cli
+from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.keys import UNLIMITED, KeyLimits, Scope
 from chunkmill.embedded import StackStatus
@@ -448,6 +449,19 @@ def test_a_new_key_that_sees_what_others_have_says_so(settings: Settings) -> Non
     assert "Its tenant is" not in create("ours", "--tenant", "ours")  # it was asked for
     CliRunner().invoke(cli, ["keys", "revoke", "1"], env=env)
     assert "like that of keys 3, 4," in create("ours")
+
+
+def test_a_new_key_for_a_collection_that_does_not_exist_says_so(settings: Settings, client: Client) -> None:
+    client.enqueue([("a", "text")], collection="docs")
+    client.set_alias("documents", "docs")
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    names = [option for name in ("docs", "dcos", "documents") for option in ("--collection", name)]
+    made = CliRunner().invoke(cli, ["keys", "create", "page", *names], env=env)
+    assert made.exit_code == 0, made.output
+    said = " ".join(made.stderr.split())
+    assert "There is no collection 'dcos' yet." in said
+    assert "chunkmill keys revoke 1" in said
+    assert said.count("There is no collection") == 1
 
 
 @pytest.mark.parametrize("given", ["2099-01-01", "2099-01-01T12:30"])

@@ -228,6 +228,37 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
     assert [hit.chunk_id for hit in hits] == ["c45", "c46", "c47"]
 
 
+def test_an_autovacuum_of_the_chunks_ends_for_the_first_index(
+    client: Client, db: sa.Engine, stack: StackStatus
+) -> None:
+    """That of a large table lasts for hours. Postgres ends it for whoever waits longer than deadlock_timeout."""
+    client.enqueue([Chunk(f"c{i:04}", f"docs {i}", {"long": "x" * 1_000}) for i in range(2_000)], collection="docs")
+    give(db, {f"docs {i}": vector_of(f"docs {i}") for i in range(2_000)})
+    slowly = "autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1"
+    always = "autovacuum_vacuum_insert_threshold = 0, autovacuum_vacuum_insert_scale_factor = 0"
+    works = """
+        SELECT count(*)
+        FROM pg_stat_progress_vacuum
+        WHERE datname = current_database() AND relid = 'chunks'::regclass
+    """
+
+    def is_at_work() -> bool:
+        with db.begin() as conn:
+            return bool(conn.execute(sa.text(works)).scalar_one())
+
+    admin(stack, "ALTER SYSTEM SET autovacuum_naptime = '1s'")
+    admin(stack, "SELECT pg_reload_conf()")
+    try:
+        with db.begin() as conn:
+            conn.execute(sa.text(f"ALTER TABLE chunks SET ({slowly}, {always})"))
+            conn.execute(sa.text("UPDATE chunks SET metadata = metadata"))
+        until(is_at_work)
+        assert client.index("docs").is_ready
+    finally:
+        admin(stack, "ALTER SYSTEM RESET autovacuum_naptime")
+        admin(stack, "SELECT pg_reload_conf()")
+
+
 @pytest.mark.parametrize("metadata", [None, {"lang": "de"}], ids=["no filter", "a filter"])
 def test_deleted_chunks_take_no_places_among_the_candidates(
     client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, metadata: dict[str, Any] | None

@@ -74,6 +74,21 @@ def holders(conn: sa.Connection, key: int) -> set[str]:
     return set(conn.execute(sa.text(query), {"key": key}).scalars())
 
 
+def be_patient(conn: sa.Connection, seconds: float) -> None:
+    """Let each lock of this transaction be waited for this long, and longer than an autovacuum can stand in its way.
+
+    Postgres ends an autovacuum for whoever has waited for its table for ``deadlock_timeout``, which is 1 s by default.
+    Whoever gives up before that can wait for as long as the autovacuum lasts, which is hours for a large table.
+    """
+    query = """
+        SELECT set_config('lock_timeout', CAST(CAST(greatest(:wanted, ends.after_ms + 500) AS bigint) AS text), true)
+        FROM (
+            SELECT 1000 * extract(epoch FROM CAST(current_setting('deadlock_timeout') AS interval)) AS after_ms
+        ) ends
+    """
+    conn.execute(sa.text(query), {"wanted": 1_000 * seconds})
+
+
 def lock_shared(conn: sa.Connection, key: int) -> None:
     """Take the shared lock of ``key`` until the end of this transaction; wait while another one holds it alone."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})

@@ -199,6 +199,13 @@ class _Channel(redis_transport.Channel):  # type: ignore[misc]
                 self._is_behind = subscriber.connection is not None and subscriber.connection.can_read(timeout=0)
                 if not self._is_behind:
                     break
+        except redis.exceptions.NoPermissionError:
+            logger.error(  # noqa: TRY400
+                "Redis does not let the user in REDIS_URL read the channels %s, so it cannot work. Allow them as "
+                "deploy/redis-acl.conf does; they have the database's number in their names.",
+                b" and ".join(sorted(subscriber.patterns)).decode(),
+            )
+            raise
         except (_TooLarge, redis.ConnectionError, redis.TimeoutError) as error:
             if isinstance(error, _TooLarge):
                 REFUSED.count("unknown", Refusal.SIZE)

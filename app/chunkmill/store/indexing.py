@@ -24,6 +24,7 @@ from chunkmill.db.locks import (
     MERGE_LOCK,
     MERGE_SPACE_LOCK,
     METADATA_LOCK,
+    be_patient,
     holders,
 )
 from chunkmill.domain import serving
@@ -47,8 +48,8 @@ from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 
 TRIGGER_PATIENCE_S = 1
-"""How many seconds the creation of a trigger waits for transactions that write. It is short because others wait behind
-it; the creation is tried again later."""
+"""How many seconds the creation of a trigger waits for transactions that write, if that is long enough to end an
+autovacuum. It is short because others wait behind it; the creation is tried again later."""
 logger = logging.getLogger(__name__)
 
 BEGIN_TRIES = 6
@@ -180,9 +181,9 @@ def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int
         flush(db, space, collection_id, wait=True)
     else:
         raise StoreUnavailable(
-            f"the serving index of collection {collection_id} could not begin, because a transaction that writes "
-            "chunks or vectors has lasted for a minute. Searches are exact meanwhile. Look for it in pg_stat_activity "
-            "(xact_start) and end it; the same call may be made again."
+            f"the serving index of collection {collection_id} could not begin in {BEGIN_TRIES} tries, because a "
+            "transaction that writes chunks or vectors, or a VACUUM of their tables, did not end. Searches are exact "
+            "meanwhile. Look for it in pg_stat_activity (xact_start) and end it; the same call may be made again."
         )
     for _ in range(1 + noted // MAX_FLUSH_ROWS):
         if flush(db, space, collection_id, wait=True) is None:
@@ -337,7 +338,7 @@ def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:
             "SELECT watch_collection(:collection, :space)",
         ):
             with conn.begin():
-                conn.execute(sa.text(f"SET LOCAL lock_timeout = '{TRIGGER_PATIENCE_S}s'"))
+                be_patient(conn, TRIGGER_PATIENCE_S)
                 conn.execute(sa.text(call), parameters)
     except sa.exc.OperationalError as error:
         if isinstance(error.orig, psycopg.errors.LockNotAvailable):

@@ -12,6 +12,7 @@ from weakref import WeakSet
 import psycopg
 import sqlalchemy as sa
 
+from chunkmill.db.locks import be_patient
 from chunkmill.domain.filters import Filter
 from chunkmill.domain.results import SearchHit
 from chunkmill.errors import StoreUnavailable
@@ -19,8 +20,10 @@ from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.system.numbers import NDArray, np
 
-TRIES = 20
-"""How often the creation of the triggers is tried, for half a second each time: writers wait meanwhile."""
+TRIES = 10
+"""How often the creation of the triggers is tried."""
+PATIENCE_S = 0.5
+"""How many seconds one try waits, if that is long enough to end an autovacuum. Writers wait meanwhile."""
 PAUSE_S = 0.5
 """How many seconds pass between two tries, in which writers go on."""
 SLICE = 5_000
@@ -47,7 +50,7 @@ def serve(conn: sa.Connection, collection_id: int, *, wanted: bool) -> None:
     for _ in range(TRIES):
         try:
             with conn.begin_nested():
-                conn.execute(sa.text("SET LOCAL lock_timeout = '500ms'"))
+                be_patient(conn, PATIENCE_S)
                 call = "SELECT serve_outdated_chunks(:collection, :wanted)"
                 conn.execute(sa.text(call), {"collection": collection_id, "wanted": wanted})
         except sa.exc.OperationalError as error:

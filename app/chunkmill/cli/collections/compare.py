@@ -28,7 +28,10 @@ def _in_a_folder(_: click.Context, __: click.Parameter, file: Path | None) -> Pa
 @click.command()
 @click.argument("collection")
 @click.argument("model")
-@click.option("--against", metavar="MODEL", help="Compare with this model instead of the model of the collection.")
+@click.option(
+    "--against", metavar="MODEL",
+    help="Compare with this model, in the precision of EMBEDDING_PRECISION, instead of the model of the collection.",
+)  # fmt: skip
 @click.option(
     "--sample", type=click.IntRange(1), default=20_000, show_default=True, help="Maximum number of texts to search."
 )

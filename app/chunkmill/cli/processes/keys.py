@@ -100,6 +100,7 @@ def create(
             limits=limits,
             expires_at=expires_at,
         )
+        unknown = stored.unknown_collections(conn, collections)
     if screen.json:
         screen.document({"id": key_id, "name": name, "key": key})
         return
@@ -112,6 +113,11 @@ def create(
         screen.hint(
             f"Its tenant is {owner!r}, like that of {keys_beside}, so they see each other's files and batches. "
             "--tenant names another one."
+        )
+    for one in unknown:
+        screen.hint(
+            f"There is no collection {one!r} yet. The key may use it as soon as there is one. If the name is wrong: "
+            f"chunkmill keys revoke {key_id}"
         )
     if not collections:
         screen.hint(

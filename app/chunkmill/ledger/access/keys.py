@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from chunkmill.domain.keys import SHOWN, ApiKey, KeyLimits, MonthUsage, Scope, digest_of, key_of, new_secret
 from chunkmill.ledger.access import spends
+from chunkmill.spaces import collections
 
 CHANNEL = "chunkmill_api_keys"
 """The payload of a notification is the id of the key that changed."""
@@ -139,6 +140,16 @@ def revoke(conn: sa.Connection, key_id: int) -> bool:
 def any_live(conn: sa.Connection) -> bool:
     """Whether any key is neither revoked nor expired."""
     return bool(conn.execute(_LIVE).scalar_one())
+
+
+def unknown_collections(conn: sa.Connection, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that no collection has yet. None of them if this login may not read the collections."""
+    may = """
+        SELECT has_table_privilege('collections', 'SELECT') AND has_table_privilege('collection_aliases', 'SELECT')
+    """
+    if not conn.execute(sa.text(may)).scalar_one():
+        return []
+    return [name for name in names if collections.resolve(conn, name) is None]
 
 
 def note_used(conn: sa.Connection, ids: Collection[int], *, seconds: float) -> None:
