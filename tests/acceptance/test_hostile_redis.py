@@ -123,6 +123,25 @@ def test_nothing_in_redis_ends_a_worker_or_makes_it_deaf(
     assert worker.terminate() == 0
 
 
+def test_a_worker_whose_user_may_not_read_its_channels_names_them(
+    processes: Processes, store: redis.Redis, settings: Settings
+) -> None:
+    """Celery says only that the connection was lost, once a second. The user may read those of another database."""
+    own, other = channel(settings, "celery.pidbox"), "/99.celery.pidbox"
+    rights = ["~*", "+@all", "resetchannels", f"&{other}"]
+    store.execute_command("ACL", "SETUSER", "of_another_database", "on", ">a-password", *rights)
+    try:
+        url = settings.require_redis_url().replace("://", "://of_another_database:a-password@")
+        worker = processes.worker(ready=False, REDIS_URL=url)
+        worker.wait_for("Redis does not let the user in REDIS_URL read the channels")
+        said = worker.output()
+        assert own in said
+        assert "a-password" not in said
+        assert "deploy/redis-acl.conf" in said
+    finally:
+        store.execute_command("ACL", "DELUSER", "of_another_database")
+
+
 def test_a_key_of_another_type_in_the_place_of_a_queue_is_deleted(
     processes: Processes, client: Client, store: redis.Redis
 ) -> None:
