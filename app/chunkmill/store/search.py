@@ -437,7 +437,10 @@ class _CallContext:
         most = min(MAX_SCANNED, math.ceil(SLACK * wanted / max(self.share, 1e-6)))
         statement = _through_graphs_at_once(self.space, index.segments, self.filtered)
         near = self._near(statement, {**parameters, "k": wanted, "most": most, "beam": BEAM})
-        return near if near.hits else None
+        if near.hits:
+            return near
+        _SHARES.pop(self.conn.engine, None)  # metadata may have changed since
+        return None
 
     def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _NearestHits:
         """The nearest that pass the filter: each graph is read until it has given enough of them."""
