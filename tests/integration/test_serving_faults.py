@@ -127,7 +127,8 @@ def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_
             conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
             (plan,) = conn.exec_driver_sql("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).scalar_one()
         scans = [node for node in nodes(plan["Plan"]) if str(node.get("Index Name", "")).startswith("ix_segment_")]
-        assert [node["Actual Rows"] <= 3 + searching.MORE_CANDIDATES for node in scans] == [True]
+        # Of a graph, as many are read as are needed to tell where the query lies.
+        assert [node["Actual Rows"] for node in scans] == [searching.JUDGED]
 
 
 def test_a_graph_is_left_as_soon_as_enough_rows_pass_the_filter(client: Client, db: sa.Engine) -> None:
@@ -273,9 +274,9 @@ def test_deleted_chunks_take_no_places_among_the_candidates(
         assert client.index(name).graph_rows == 50
     client.enqueue([Chunk(f"t{i}", f"tail {i}", {"lang": "de"}) for i in range(20)], collection="docs")
     give(db, {f"tail {i}": steps[55 + i] for i in range(20)})
-    client.delete("docs", [f"c{i:02}" for i in range(40)])
+    client.delete("docs", [f"c{i:02}" for i in range(25)])
     hits = client.search(steps[0], collection="docs", k=3, metadata=metadata, explain=True)
-    assert [hit.chunk_id for hit in hits] == ["c40", "c41", "c42"]
+    assert [hit.chunk_id for hit in hits] == ["c25", "c26", "c27"]
     assert hits.explanation is not None
     assert not hits.explanation.is_exact
 

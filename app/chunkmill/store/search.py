@@ -454,8 +454,10 @@ class _CallContext:
             if spread < LEAST_SPREAD:
                 return _NearestHits([], 0, spread, BEAM)
         graphs = _through_segments(self.space, index.segments, self.filtered)
+        # Without a filter the query is judged by these candidates.
+        wanted = candidates if is_judged or not index.has_graphs else max(candidates, JUDGED)
         with self._with_beam(beam):
-            near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
+            near = self._near(graphs, {**parameters, "k": wanted, "beam": beam})
         return replace(near, spread=spread) if is_judged else near
 
     def _exactly(self, parameters: dict[str, object], k: int, passing: _PassingChunks | None) -> list[SearchHit]:
