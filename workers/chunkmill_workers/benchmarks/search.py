@@ -8,11 +8,12 @@ Then come writes beside an index, deletions, bytes and the build.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def run(
     world = World()
     corpora = [Corpus(kind, rows, i, len(sizes)) for kind in Kind for i, rows in enumerate(sizes)]
     say("starting Postgres and Redis")
-    with temporary_stack() as servers, _bench(servers.settings) as bench:
+    with _stack(max(sizes)) as servers, _bench(servers.settings) as bench:
         for corpus in corpora:
             say(f"storing {corpus.rows:,} chunks with topics {corpus.kind}")
             bench.load(corpus, world)
@@ -129,6 +130,17 @@ def run(
     }
     name = "search-million" if million else "search"
     return document(name, measurements, settings=settings, versions=versions, extra={"curve": curve})
+
+
+@contextlib.contextmanager
+def _stack(rows: int) -> Iterator[Servers]:
+    """Servers that may use as much memory as the graph of so many rows needs, as docs/settings.md advises."""
+    kind = kind_for(rows, DIMENSIONS)
+    enough = math.ceil(1.25 * indexing.graph_bytes(kind, rows, DIMENSIONS) / MIB)
+    with temporary_stack() as servers:
+        settings = servers.settings
+        index_memory_mb = max(settings.index_memory_mb, enough)
+        yield replace(servers, settings=settings.model_copy(update={"index_memory_mb": index_memory_mb}))
 
 
 class Bench:
