@@ -131,6 +131,19 @@ def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_
         assert [node["Actual Rows"] for node in scans] == [searching.JUDGED]
 
 
+def test_a_graph_that_needs_more_memory_than_it_may_have_says_so(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(indexing, "GRAPH_NODE_BYTES", 1 << 20)  # a graph of 60 rows needs 60 MiB then
+    begin_with(client, db, 60, are_indexed=False)
+    for name, memory_mb in zip(COLLECTIONS, (64, 32), strict=True):
+        client._settings = client._settings.model_copy(update={"index_memory_mb": memory_mb})
+        index(client, name)
+        said = [record.getMessage() for record in caplog.records if "INDEX_MEMORY_MB" in record.getMessage()]
+        assert len(said) == (memory_mb == 32)
+    assert "a graph of 60 rows needs about 60 MiB of memory in Postgres, and INDEX_MEMORY_MB is 32" in said[0]
+
+
 def test_a_graph_is_left_as_soon_as_enough_rows_pass_the_filter(client: Client, db: sa.Engine) -> None:
     """Postgres must see that the number of those that have passed can only grow. All rows pass this one."""
     begin_with(client, db, 200)

@@ -147,10 +147,17 @@ def merge(
             rows = sum(segment.rows for segment in old)
             kind = kind_for(rows, space.spec.dimensions, compact=compact)
             new = segments.create(conn, collection_id, space, kind, BuilderKind.MERGE)
-        if kind is not SegmentKind.FLAT:
+        needed_mb = graph_bytes(kind, rows, space.spec.dimensions) >> 20
+        if kind is not SegmentKind.FLAT and needed_mb > memory_mb:
+            logger.warning(
+                "collection %s: a graph of %s rows needs about %s MiB of memory in Postgres, and INDEX_MEMORY_MB is %s. "
+                "What does not fit is built several times more slowly, so raise it if the server has that much memory.",
+                collection_id, rows, needed_mb, memory_mb,
+            )  # fmt: skip
+        elif kind is not SegmentKind.FLAT:
             logger.info(
                 "collection %s: a graph of %s rows takes about %s MiB of memory in Postgres, and INDEX_MEMORY_MB is %s",
-                collection_id, rows, graph_bytes(kind, rows, space.spec.dimensions) >> 20, memory_mb,
+                collection_id, rows, needed_mb, memory_mb,
             )  # fmt: skip
         with conn.begin():
             # What belongs to no chunk is left out, and what is in two segments is written once.
