@@ -150,8 +150,8 @@ def merge(
         needed_mb = graph_bytes(kind, rows, space.spec.dimensions) >> 20
         if kind is not SegmentKind.FLAT and needed_mb > memory_mb:
             logger.warning(
-                "collection %s: a graph of %s rows needs about %s MiB of memory in Postgres, and INDEX_MEMORY_MB is %s. "
-                "What does not fit is built several times more slowly, so raise it if the server has that much memory.",
+                "collection %s: a graph of %s rows needs about %s MiB of memory in Postgres, and INDEX_MEMORY_MB is %s, "
+                "so it is built several times more slowly. Raise it if the server has that much memory.",
                 collection_id, rows, needed_mb, memory_mb,
             )  # fmt: skip
         elif kind is not SegmentKind.FLAT:
