@@ -134,7 +134,7 @@ def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_
 def test_a_graph_that_needs_more_memory_than_it_may_have_says_so(
     client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(indexing, "GRAPH_NODE_BYTES", 1 << 20)  # a graph of 60 rows needs 60 MiB then
+    monkeypatch.setattr(indexing, "GRAPH_NODE_BYTES", 1 << 20)
     begin_with(client, db, 60, are_indexed=False)
     for name, memory_mb in zip(COLLECTIONS, (64, 32), strict=True):
         client._settings = client._settings.model_copy(update={"index_memory_mb": memory_mb})

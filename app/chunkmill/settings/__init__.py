@@ -290,7 +290,7 @@ class Settings(ProviderSettings, GatewaySettings):
         512,
         ge=16,
         description="How many MiB of memory Postgres may use to build the graph of a serving index. A graph that needs "
-        "more (about 1 kB for each row of 384 dimensions) is built much more slowly.",
+        "more (about 1.5 kB for each row of 384 dimensions) is built several times more slowly.",
     )
     index_seconds: float = Field(
         10.0,
