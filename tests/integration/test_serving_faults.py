@@ -127,8 +127,7 @@ def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_
             conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
             (plan,) = conn.exec_driver_sql("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).scalar_one()
         scans = [node for node in nodes(plan["Plan"]) if str(node.get("Index Name", "")).startswith("ix_segment_")]
-        # Of a graph, as many are read as are needed to tell where the query lies.
-        assert [node["Actual Rows"] for node in scans] == [searching.JUDGED]
+        assert [node["Actual Rows"] <= 3 + searching.MORE_CANDIDATES for node in scans] == [True]
 
 
 def test_a_graph_that_needs_more_memory_than_it_may_have_says_so(
@@ -242,8 +241,9 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
     assert [hit.chunk_id for hit in hits] == ["c45", "c46", "c47"]
 
 
+@pytest.mark.parametrize("triggers", ["of an index", "of outdated chunks"])
 def test_an_autovacuum_of_the_chunks_ends_for_the_first_index(
-    client: Client, db: sa.Engine, stack: StackStatus
+    client: Client, db: sa.Engine, stack: StackStatus, triggers: str
 ) -> None:
     """That of a large table lasts for hours. Postgres ends it for whoever waits longer than deadlock_timeout."""
     client.enqueue([Chunk(f"c{i:04}", f"docs {i}", {"long": "x" * 1_000}) for i in range(2_000)], collection="docs")
@@ -267,7 +267,10 @@ def test_an_autovacuum_of_the_chunks_ends_for_the_first_index(
             conn.execute(sa.text(f"ALTER TABLE chunks SET ({slowly}, {always})"))
             conn.execute(sa.text("UPDATE chunks SET metadata = metadata"))
         until(is_at_work)
-        assert client.index("docs").is_ready
+        if triggers == "of an index":
+            assert client.index("docs").is_ready
+        else:
+            assert client.outdated("docs", serve=True).is_served
     finally:
         admin(stack, "ALTER SYSTEM RESET autovacuum_naptime")
         admin(stack, "SELECT pg_reload_conf()")

@@ -201,8 +201,8 @@ class _Channel(redis_transport.Channel):  # type: ignore[misc]
                     break
         except redis.exceptions.NoPermissionError:
             logger.error(  # noqa: TRY400
-                "Redis does not let the user in REDIS_URL read the channels %s, so it cannot work. Allow them as "
-                "deploy/redis-acl.conf does; they have the database's number in their names.",
+                "Redis does not let the user in REDIS_URL read the channels %s, so this process cannot work. Allow "
+                "them as deploy/redis-acl.conf does; they have the database's number in their names.",
                 b" and ".join(sorted(subscriber.patterns)).decode(),
             )
             raise

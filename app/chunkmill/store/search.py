@@ -46,9 +46,9 @@ BEAM, WIDE_BEAM, WIDEST_BEAM = 100, 400, 1_000
 last number is pgvector's maximum."""
 BITS_BY_ROWS = 2_000
 """The same if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and with 2,000 0.995."""
-MORE_CANDIDATES = 5
+MORE_CANDIDATES, MORE_THROUGH_A_FILTER = 10, 5
 """How many more candidates than hits are compared by their vectors at least, because a segment orders its rows in half
-precision."""
+precision. There are fewer where a graph is read through a filter, because many rows are read for each of them."""
 JUDGED = 20
 """How many of the nearest candidates are used to tell whether a query lies among its neighbours or beside them."""
 LEAST_SPREAD = 0.92
@@ -397,9 +397,7 @@ class _CallContext:
     ) -> Hits:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
         candidates = _candidates(k)
-        near = self._nearest_at_once(parameters, candidates, index) or self._nearest_in_turn(
-            parameters, candidates, index
-        )
+        near = self._nearest_at_once(parameters, k, index) or self._nearest_in_turn(parameters, candidates, index)
         is_beside = index.has_graphs and near.spread < LEAST_SPREAD
         if is_beside:
             # Among this many of the nearest rows there should be enough that pass. If not, the search becomes exact.
@@ -420,9 +418,7 @@ class _CallContext:
         )
         return Hits(near.hits[:k], plan)
 
-    def _nearest_at_once(
-        self, parameters: dict[str, object], candidates: int, index: ServingIndex
-    ) -> _NearestHits | None:
+    def _nearest_at_once(self, parameters: dict[str, object], k: int, index: ServingIndex) -> _NearestHits | None:
         """The nearest that pass the filter. One statement reads each graph until enough rows have passed, and tells
         from the first ones where the query lies among all rows.
 
@@ -431,6 +427,7 @@ class _CallContext:
         beam of 576, for a filter that leaves 5 % of 100,000 rows, the recall of queries about other topics was 0.94
         instead of 0.99, and it took longer.
         """
+        candidates = _candidates(k, MORE_THROUGH_A_FILTER)
         if not (self.filtered and index.has_graphs) or index.has_bits or 2 * candidates > BEAM:
             return None
         wanted = max(candidates, math.ceil(JUDGED * self.share))
@@ -454,10 +451,8 @@ class _CallContext:
             if spread < LEAST_SPREAD:
                 return _NearestHits([], 0, spread, BEAM)
         graphs = _through_segments(self.space, index.segments, self.filtered)
-        # Without a filter the query is judged by these candidates.
-        wanted = candidates if is_judged or not index.has_graphs else max(candidates, JUDGED)
         with self._with_beam(beam):
-            near = self._near(graphs, {**parameters, "k": wanted, "beam": beam})
+            near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
         return replace(near, spread=spread) if is_judged else near
 
     def _exactly(self, parameters: dict[str, object], k: int, passing: _PassingChunks | None) -> list[SearchHit]:
@@ -526,9 +521,9 @@ def _few(index: ServingIndex, k: int) -> int:
     return min(MAX_EXACT, math.isqrt(candidates * GRAPH_ROW_COST * index.rows))
 
 
-def _candidates(k: int) -> int:
-    """How many candidates are compared by their vectors for ``k`` hits."""
-    return k + max(MORE_CANDIDATES, k // 2)
+def _candidates(k: int, more: int = MORE_CANDIDATES) -> int:
+    """How many candidates are compared by their vectors for ``k`` hits: so many ``more`` at least."""
+    return k + max(more, k // 2)
 
 
 def _spread(n: int, cosine: float | None, length: float | None) -> float:
