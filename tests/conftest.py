@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -127,6 +129,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
     return handled
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A test that starts what a process logs does not decide what the next test sees in `caplog`."""
+    root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook)
+    loggers = [root, *(one for one in root.manager.loggerDict.values() if isinstance(one, logging.Logger))]
+    handlers, levels = root.handlers[:], [one.level for one in loggers]
+    yield
+    root.handlers[:] = handlers
+    for one, level in zip(loggers, levels, strict=True):
+        if one.level != level:  # to set it empties a cache of every logger
+            one.setLevel(level)
+    sys.excepthook, threading.excepthook = hooks
+    logging.captureWarnings(False)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

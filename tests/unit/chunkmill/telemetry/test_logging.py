@@ -4,8 +4,6 @@ import json
 import logging
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +16,6 @@ from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import bound, configure, told, without_passwords
 from tests.support.waiting import Call
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook)
-    kept = root.handlers[:], root.level
-    yield
-    root.handlers[:], level = kept
-    root.setLevel(level)
-    sys.excepthook, threading.excepthook = hooks
-    logging.captureWarnings(False)
 
 
 def test_each_thread_has_its_own_fields(capfd: pytest.CaptureFixture[str]) -> None:
