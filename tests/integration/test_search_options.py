@@ -16,13 +16,14 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.ledger import embed_requests
 from chunkmill.spaces import registry
 from chunkmill.store import search as searching
+from chunkmill.store.segments import ServingIndex
 from chunkmill.store.write import write_vectors
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
 
 DIMENSIONS = 384
-N = 120
+N, MANY = 120, 600
 WAYS = ["exactly", "in the tail", "in flat segments", "in a graph"]
 
 
@@ -203,6 +204,76 @@ def test_whether_a_query_is_beside_is_told_without_the_filter_if_a_graph_is_read
     assert among.explanation
     assert "beside" not in among.explanation.because
     assert among.explanation.beam == searching.BEAM
+
+
+@pytest.fixture
+def random_rows(client: Client, db: sa.Engine, way: str) -> Client:
+    """Two collections of vectors in random directions, of which a narrow beam misses some."""
+    rng = np.random.default_rng(5)
+    for name in ("docs", "others"):
+        chunks = [Chunk(f"c{i:03}", f"{name} {i}", {"number": i}) for i in range(MANY)]
+        client.enqueue(chunks, collection=name)
+        if way == "in the tail":
+            client.index(name)
+        embed(db, {chunk.text: rng.standard_normal(DIMENSIONS).tolist() for chunk in chunks})
+        if way not in ("exactly", "in the tail"):
+            client.index(name)
+    return client
+
+
+@pytest.mark.parametrize("way", ["in a graph"], indirect=True)
+@pytest.mark.parametrize("metadata", [None, {"number": {"$lt": 500}}], ids=["all", "a filter"])
+@pytest.mark.parametrize("k", [1, 10])
+def test_a_doubtful_search_is_made_again_with_a_wider_beam(
+    random_rows: Client, way: str, k: int, metadata: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that finds other hits, the search is stuck. For one hit the graph is read at once, and for ten in turn."""
+    for name, value in (("BEAM", 2), ("JUDGED", 2), ("MORE_CANDIDATES", 0), ("MORE_THROUGH_A_FILTER", 0)):
+        monkeypatch.setattr(searching, name, value)
+    monkeypatch.setattr(searching, "WIDEST_BEAM", 400)
+    monkeypatch.setattr(searching, "_candidates", lambda k, more=0: k)
+    monkeypatch.setattr(searching, "LEAST_SPREAD", 0)
+    queries = np.random.default_rng(6).standard_normal((20, DIMENSIONS)).astype(np.float32)
+
+    def found(**how: Any) -> list[Hits]:
+        return random_rows.search(queries, collection="docs", k=k, metadata=metadata, **how)
+
+    right = found(exact=True)
+    monkeypatch.setattr(searching, "DOUBTFUL_SPREAD", 0)
+    assert found() != right  # so narrow is the beam
+    monkeypatch.setattr(searching, "DOUBTFUL_SPREAD", 1_000)
+    monkeypatch.setattr(searching, "WIDER", 200)
+    hits = found(explain=True)
+    assert hits == right
+    because = [one.explanation.because for one in hits if one.explanation]
+    assert any("beside" in reason for reason in because)
+    if k == 1:
+        assert not all("beside" in reason for reason in because)
+
+
+def test_a_larger_graph_is_searched_with_a_wider_beam() -> None:
+    def beam(*parts: tuple[serving.SegmentKind, int]) -> int:
+        live = tuple(serving.Segment(i, kind, rows) for i, (kind, rows) in enumerate(parts))
+        return searching._beam(ServingIndex(True, live))
+
+    flat, hnsw, bits = serving.SegmentKind
+    assert [beam((hnsw, rows), (hnsw, 20_000), (flat, 10**7)) for rows in (20_000, 100_000)] == [100, 100]
+    assert [beam((hnsw, 20_000), (hnsw, rows)) for rows in (10**6, 10**7, 10**9)] == [252, 631, 1_000]
+    assert beam((bits, 10**6), (bits, 10**7)) == searching.WIDE_BEAM
+
+
+@pytest.mark.parametrize("metadata", [None, {"number": {"$lt": 500}}], ids=["all", "a filter"])
+@pytest.mark.parametrize("k", [5, 60])
+def test_a_score_is_that_of_the_whole_vectors(
+    random_rows: Client, way: str, k: int, metadata: dict[str, Any] | None
+) -> None:
+    """Segments hold vectors in half precision, and order them by that of the query. No score may come from there."""
+    queries = np.random.default_rng(6).standard_normal((3, DIMENSIONS)).astype(np.float32)
+    right = random_rows.search(queries, collection="docs", k=500, metadata=metadata, exact=True)
+    for hits, every in zip(random_rows.search(queries, collection="docs", k=k, metadata=metadata), right, strict=True):
+        scores = {hit.chunk_id: hit.score for hit in every}
+        assert len(hits) == k
+        assert [hit.score for hit in hits] == [scores[hit.chunk_id] for hit in hits]
 
 
 def test_rows_that_do_not_give_enough_hits_are_not_believed(filled: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def run(
         measurements = _latencies(bench, cells, n_timed, rounds, say)
         largest = max((corpus for corpus in corpora if corpus.kind is Kind.OWN), key=lambda corpus: corpus.rows)
         measurements += builds + _bytes(bench, largest)
-        measurements += _writes(servers, bench, largest, world, rounds, quick, say)
+        measurements += _writes(servers, bench, corpora, largest, world, rounds, quick, say)
         measurements += _maintenance(bench, largest, say)
         versions = servers.versions | {"pgvector": bench.pgvector()}
     settings = {
@@ -418,9 +418,16 @@ def _bytes(bench: Bench, corpus: Corpus) -> list[Measurement]:
 
 
 def _writes(
-    servers: Servers, bench: Bench, corpus: Corpus, world: World, rounds: int, quick: bool, say: Say
+    servers: Servers,
+    bench: Bench,
+    corpora: Sequence[Corpus],
+    corpus: Corpus,
+    world: World,
+    rounds: int,
+    quick: bool,
+    say: Say,
 ) -> list[Measurement]:
-    """The rate of writes into a collection with an index, beside the same collection in a database without any."""
+    """The rate of writes into a collection with an index, beside the same one in a database of as many rows without."""
     rows = 1_000 if quick else 5_000
     url = sa.make_url(servers.settings.require_database_url())
     with bench.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
@@ -434,8 +441,11 @@ def _writes(
     builder_db = create_db(servers.settings.require_database_url(), role="poller")
     threads = Indexer(builder_db, servers.settings.model_copy(update={"index_seconds": 1.0})).start(stop)
     with _bench(plain_settings) as plain:
-        say(f"storing {corpus.rows:,} chunks in a database without indexes")
-        plain.load(corpus, world)
+        for each in corpora:
+            say(f"storing {each.rows:,} chunks with topics {each.kind} in a database without indexes")
+            plain.load(each, world)
+        with plain.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(sa.text("VACUUM (ANALYZE)"))
         names["without an index"] = plain
         done = dict.fromkeys(names, corpus.rows)
 
