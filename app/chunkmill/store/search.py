@@ -463,13 +463,15 @@ class _CallContext:
     def _nearest_in_turn(self, parameters: dict[str, object], k: int, index: ServingIndex, times: int) -> _NearestHits:
         """The nearest that pass the filter: each graph is read until it has given enough of them."""
         candidates, usual = _candidates(k), _beam(index)
-        beam = max(usual, (10 if index.has_bits else 2) * candidates)
+        beam = max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(usual, 2 * candidates)
         beam = min(WIDEST_BEAM, times * beam)
-        is_judged, spread = index.has_graphs and bool(self.filtered) and times == 1, math.inf
+        is_judged = index.has_graphs and bool(self.filtered or index.has_bits) and times == 1
+        spread = math.inf
         if index.has_graphs and not is_judged:
             candidates = max(candidates, JUDGED)
         if is_judged:
-            # Rows that pass a filter are further away and say less about where the query lies.
+            # Rows that pass a filter, or that a wide beam of bits has found, are further away and say less about where
+            # the query lies.
             all_of_it = _through_segments(self.space, index.segments, "")
             with self._with_beam(usual):
                 spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": usual}).spread
@@ -535,9 +537,9 @@ def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _beam(index: ServingIndex) -> int:
-    """How many candidates a search of the graphs keeps, if it has no reason to keep more."""
+    """How many candidates a search of the largest graph keeps, if it has no reason to keep more."""
     if index.has_bits:
-        return WIDE_BEAM
+        return BEAM
     rows = max((part.rows for part in index.segments if part.kind is not SegmentKind.FLAT), default=0)
     return min(WIDEST_BEAM, math.ceil(BEAM * max(1.0, rows / BEAM_ROWS) ** BEAM_GROWTH))
 
