@@ -235,15 +235,15 @@ def test_a_doubtful_search_is_made_again_with_a_wider_beam(
     monkeypatch.setattr(searching, "LEAST_SPREAD", 0)
     queries = np.random.default_rng(6).standard_normal((20, DIMENSIONS)).astype(np.float32)
 
-    def found(**how: Any) -> list[Hits]:
+    def hits_of_all(**how: Any) -> list[Hits]:
         return random_rows.search(queries, collection="docs", k=k, metadata=metadata, **how)
 
-    right = found(exact=True)
+    right = hits_of_all(exact=True)
     monkeypatch.setattr(searching, "DOUBTFUL_SPREAD", 0)
-    assert found() != right  # so narrow is the beam
+    assert hits_of_all() != right  # so narrow is the beam
     monkeypatch.setattr(searching, "DOUBTFUL_SPREAD", 1_000)
     monkeypatch.setattr(searching, "WIDER", 200)
-    hits = found(explain=True)
+    hits = hits_of_all(explain=True)
     assert hits == right
     because = [one.explanation.because for one in hits if one.explanation]
     assert any("beside" in reason for reason in because)

@@ -541,7 +541,7 @@ def _beam(index: ServingIndex) -> int:
     if index.has_bits:
         return BEAM
     rows = max((part.rows for part in index.segments if part.kind is not SegmentKind.FLAT), default=0)
-    return min(WIDEST_BEAM, math.ceil(BEAM * max(1.0, rows / BEAM_ROWS) ** BEAM_GROWTH))
+    return min(WIDEST_BEAM, math.ceil(BEAM * math.pow(max(1.0, rows / BEAM_ROWS), BEAM_GROWTH)))
 
 
 def _few(index: ServingIndex, k: int) -> int:

@@ -91,7 +91,7 @@ PIECES: dict[str, dict[str, str]] = {
             ("candidates", "near", "passing", "others", "graphs", "n_rows", "gave_up", "judged", "rows"),
             A_ROOM_OF_THE_INDEX,
         ),
-        **dict.fromkeys(("segment.id", "part.id", "half", "distance", "wanted"), A_ROOM_OF_THE_INDEX),
+        **dict.fromkeys(("segment.id", "part.id", "half", "distance", "wanted", "further"), A_ROOM_OF_THE_INDEX),
         "_nearest(space, filtered)": "both ways through the index must rank their candidates alike",
         "_has_chunk('t', filtered)": "the tail, each segment and each estimate must mean the same chunks",
         "_has_chunk('s', filtered)": "the tail, each segment and each estimate must mean the same chunks",

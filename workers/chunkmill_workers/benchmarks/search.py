@@ -441,9 +441,9 @@ def _writes(
     builder_db = create_db(servers.settings.require_database_url(), role="poller")
     threads = Indexer(builder_db, servers.settings.model_copy(update={"index_seconds": 1.0})).start(stop)
     with _bench(plain_settings) as plain:
-        for each in corpora:
-            say(f"storing {each.rows:,} chunks with topics {each.kind} in a database without indexes")
-            plain.load(each, world)
+        for stored in corpora:
+            say(f"storing {stored.rows:,} chunks with topics {stored.kind} in a database without indexes")
+            plain.load(stored, world)
         with plain.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             conn.execute(sa.text("VACUUM (ANALYZE)"))
         names["without an index"] = plain
