@@ -49,11 +49,11 @@ BEAM_ROWS, BEAM_GROWTH = 100_000, 0.4
 beam is ``n`` to the power of the second number times wider. For a million rows about 57 topics the recall was 0.96 with
 a beam of 100, 0.98 with 150, 0.99 with 200 to 300 and 1.00 with 400."""
 BITS_BY_ROWS = 2_000
-"""The same if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and with 2,000 0.995."""
+"""How many candidates there are if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and with
+2,000 0.995."""
 MORE_CANDIDATES, MORE_THROUGH_A_FILTER = 10, 5
 """How many more candidates than hits are compared by their vectors at least, because a segment orders its rows in half
 precision. There are fewer where a graph is read through a filter, because many rows are read for each of them."""
-BEAM_ROWS, BEAM_GROWTH = 100_000, 0.4
 JUDGED = 50
 """How many of the nearest candidates are used to tell whether a query lies among its neighbours or beside them."""
 LEAST_SPREAD, DOUBTFUL_SPREAD = 0.9, 1.0
@@ -442,8 +442,8 @@ class _CallContext:
         """The nearest that pass the filter. One statement reads each graph until enough rows have passed, and tells
         from the first ones where the query lies among all rows.
 
-        None if there is no filter, if a graph is not one of vectors, if the hits are so many that a wider beam is
-        needed, or if far fewer rows passed than the share promises.
+        None if there is no graph or one of bits, if the hits are so many that a wider beam is needed, or if far fewer
+        rows passed than the share promises.
         """
         candidates, beam = _candidates(k, MORE_THROUGH_A_FILTER if self.filtered else MORE_CANDIDATES), _beam(index)
         if not index.has_graphs or index.has_bits or 2 * candidates > beam:
@@ -457,7 +457,8 @@ class _CallContext:
             near = self._near(statement, {**parameters, "k": candidates, "most": most, "beam": beam})
         if near.hits:
             return near
-        _SHARES.pop(self.conn.engine, None)  # metadata may have changed since
+        if self.filtered:
+            _SHARES.pop(self.conn.engine, None)  # metadata may have changed since
         return None
 
     def _nearest_in_turn(self, parameters: dict[str, object], k: int, index: ServingIndex, times: int) -> _NearestHits:
@@ -712,7 +713,7 @@ def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: s
                 FROM looked
                 WHERE passes IS NOT NULL AND number <= :beam
                 UNION ALL
-                SELECT v.embedding, v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
+                SELECT CAST(v.embedding AS vector), v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
                 FROM ({others}) o
                 JOIN {space.table_name} v USING (content_hash)
     """)
