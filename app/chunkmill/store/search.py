@@ -49,8 +49,8 @@ BEAM_ROWS, BEAM_GROWTH = 100_000, 0.4
 beam is ``n`` to the power of the second number times wider. For a million rows about 57 topics the recall was 0.96 with
 a beam of 100, 0.98 with 150, 0.99 with 200 to 300 and 1.00 with 400."""
 BITS_BY_ROWS = 2_000
-"""How many candidates there are if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and with
-2,000 0.995."""
+"""How many candidates there are if all rows of bits are compared. With 1,000 the recall was 0.985 on 60,000 rows, and
+with 2,000 0.995."""
 MORE_CANDIDATES, MORE_THROUGH_A_FILTER = 10, 5
 """How many more candidates than hits are compared by their vectors at least, because a segment orders its rows in half
 precision. There are fewer where a graph is read through a filter, because many rows are read for each of them."""
