@@ -193,8 +193,9 @@ def test_what_is_set_explicitly_wins(toy: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_engine(Settings.from_env(), folder, "cpu", this_machine()).batch_tokens == 80
     monkeypatch.delenv("EMBEDDING_BATCH_TOKENS")
     monkeypatch.setenv("EMBEDDING_PROFILE", "off")
-    for lesson in learned.iterdir():  # where the default precision is that of the profile, it would hold here too
-        lesson.unlink()
+    if not cpu_has_bf16():  # the default precision is that of the profile then, so that the lesson holds here too
+        for lesson in learned.iterdir():
+            lesson.unlink()
     assert load_engine(Settings.from_env(), folder, "cpu", this_machine()).batch_tokens > 96
 
 

@@ -249,6 +249,30 @@ def test_a_doubtful_search_is_made_again_with_a_wider_beam(
     assert any("beside" in reason for reason in because)
     if k == 1:
         assert not all("beside" in reason for reason in because)
+    beams = {one.explanation.beam for one in hits if one.explanation}
+    assert beams <= {None, 400}, "a beam is said by which the hits were not found"
+
+
+@pytest.mark.parametrize("way", ["in a graph"], indirect=True)
+def test_a_search_that_had_the_widest_beam_is_not_made_again(
+    random_rows: Client, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would find the same."""
+    for name, value in (("LEAST_SPREAD", 0), ("DOUBTFUL_SPREAD", 1_000)):
+        monkeypatch.setattr(searching, name, value)
+    asked: list[str] = []
+
+    def note(conn: object, cursor: object, statement: str, *_: object) -> None:
+        asked.extend(["a graph"] if "<=>" in statement else [])
+
+    sa.event.listen(random_rows._db, "before_cursor_execute", note)
+    counts = []
+    for widest in (searching.WIDEST_BEAM, searching.BEAM):
+        monkeypatch.setattr(searching, "WIDEST_BEAM", widest)
+        asked.clear()
+        random_rows.search(np.ones(DIMENSIONS, np.float32), collection="docs", k=3)
+        counts.append(len(asked))
+    assert counts[0] > counts[1] == 1
 
 
 def test_a_larger_graph_is_searched_with_a_wider_beam() -> None:

@@ -407,10 +407,10 @@ class _CallContext:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
         near = self._near_rows(parameters, k, index)
         is_beside = index.has_graphs and near.spread < LEAST_SPREAD
-        if near.hits and LEAST_SPREAD <= near.spread < DOUBTFUL_SPREAD:
+        if near.hits and LEAST_SPREAD <= near.spread < DOUBTFUL_SPREAD and near.beam < WIDEST_BEAM:
             # A search that is not stuck finds with a wider beam what it has found.
-            wider = self._near_rows(parameters, k, index, times=WIDER)
-            is_beside = [hit.chunk_id for hit in wider.hits[:k]] != [hit.chunk_id for hit in near.hits[:k]]
+            before, near = near, self._near_rows(parameters, k, index, times=WIDER)
+            is_beside = [hit.chunk_id for hit in near.hits[:k]] != [hit.chunk_id for hit in before.hits[:k]]
         if is_beside:
             # Among this many of the nearest rows there should be enough that pass. If not, the search becomes exact.
             candidates = _candidates(k)
@@ -468,8 +468,6 @@ class _CallContext:
         beam = min(WIDEST_BEAM, times * beam)
         is_judged = index.has_graphs and bool(self.filtered or index.has_bits) and times == 1
         spread = math.inf
-        if index.has_graphs and not is_judged:
-            candidates = max(candidates, JUDGED)
         if is_judged:
             # Rows that pass a filter, or that a wide beam of bits has found, are further away and say less about where
             # the query lies.
@@ -478,6 +476,8 @@ class _CallContext:
                 spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": usual}).spread
             if spread < LEAST_SPREAD:
                 return _NearestHits([], 0, spread, usual)
+        elif index.has_graphs:
+            candidates = max(candidates, JUDGED)
         graphs = _through_segments(self.space, index.segments, self.filtered)
         with self._with_beam(beam):
             near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
